@@ -1,0 +1,173 @@
+// QK norm, RoPE, KV store, and attention split over chunks of kKvChunk key positions counted from position 0.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "backend/cpu/cpu_backend.h"
+#include "core/error.h"
+
+namespace dflash::cpu {
+
+// cos and sin of position * inv_freq (the product in f32, as the reference implementations have it), once per step.
+void CpuBackend::update_rope(const QkvPost& p, Step step) {
+  const size_t half = static_cast<size_t>(p.n_rot / 2);
+  const bool same = rope_.pos0 == step.pos0 && rope_.rows == step.rows && rope_.scale == p.rope_scale &&
+                    rope_.inv_freq.size() == half &&
+                    std::memcmp(rope_.inv_freq.data(), p.inv_freq, half * sizeof(float)) == 0;
+  if (same) return;
+  rope_.inv_freq.assign(p.inv_freq, p.inv_freq + half);
+  rope_.pos0 = step.pos0;
+  rope_.rows = step.rows;
+  rope_.scale = p.rope_scale;
+  rope_.cos.resize(half * static_cast<size_t>(step.rows));
+  rope_.sin.resize(rope_.cos.size());
+  for (int r = 0; r < step.rows; ++r) {
+    for (size_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(step.pos0 + r) * p.inv_freq[i];
+      rope_.cos[static_cast<size_t>(r) * half + i] = static_cast<float>(std::cos(static_cast<double>(angle))) * p.rope_scale;
+      rope_.sin[static_cast<size_t>(r) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * p.rope_scale;
+    }
+  }
+}
+
+void CpuBackend::qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) {
+  if (step.pos0 < 0 || step.pos0 + step.rows > kv.n_ctx) {
+    fail("positions ", step.pos0, "..", step.pos0 + step.rows - 1, " do not fit a cache of ", kv.n_ctx);
+  }
+  update_rope(p, step);
+  const int half = p.n_rot / 2;
+  const size_t row = row_bytes(kv.type, p.head_dim);
+  const auto finish = [&](float* x, const float* norm, int heads, int64_t r) {
+    const int64_t n = p.norm == QkNorm::whole ? static_cast<int64_t>(heads) * p.head_dim : p.head_dim;
+    for (int64_t i = 0; i < heads * p.head_dim; i += n) k_.rms_norm(x + i, norm, p.eps, n, x + i);
+    const size_t at = static_cast<size_t>(r * half);
+    for (int h = 0; h < heads; ++h) k_.rotate(x + h * p.head_dim, rope_.cos.data() + at, rope_.sin.data() + at, half);
+  };
+  const int64_t q_width = static_cast<int64_t>(p.n_head) * p.head_dim, kv_width = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
+  parallel(step.rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t r, int) {
+    if (q) finish(q + r * q_width, p.q_norm, p.n_head, r);
+    finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
+    for (int h = 0; h < p.n_head_kv; ++h) {
+      const size_t at = row * static_cast<size_t>(static_cast<int64_t>(h) * kv.n_ctx + step.pos0 + r);
+      const int64_t from = r * kv_width + static_cast<int64_t>(h) * p.head_dim;
+      k_.store_kv(kv.type, k + from, p.head_dim, static_cast<uint8_t*>(kv.k) + at);
+      k_.store_kv(kv.type, v + from, p.head_dim, static_cast<uint8_t*>(kv.v) + at);
+    }
+  });
+}
+
+void CpuBackend::attention(const Attention& a, Step step, const float* q, const KvLayer& kv, float* out) {
+  if (a.head_dim % 16 != 0 || a.head_dim != kv.head_dim || a.n_head % a.n_head_kv != 0) {
+    fail("attention: ", a.n_head, " heads of ", a.head_dim, " over ", a.n_head_kv, " KV heads of ", kv.head_dim,
+         " is not supported");
+  }
+  const int group = a.n_head / a.n_head_kv, end = step.pos0 + step.rows;
+  const size_t head_bytes = row_bytes(kv.type, a.head_dim) * static_cast<size_t>(kv.n_ctx);
+  const int64_t q_width = static_cast<int64_t>(a.n_head) * a.head_dim;
+  struct Range {
+    int begin, end;
+  };
+  const auto visible = [&](int r) {
+    const int pos = step.pos0 + r;
+    return Range{a.sliding_window > 0 ? std::max(0, pos - a.sliding_window + 1) : 0, a.causal ? pos + 1 : end};
+  };
+
+  // An item is (KV head, span of chunks, block of rows). With one span the item finishes its rows itself; with more,
+  // the chunk results are kept and merged afterwards in the same order.
+  const int first_chunk = visible(0).begin / kKvChunk, last_chunk = (end - 1) / kKvChunk;
+  const int n_chunks = last_chunk - first_chunk + 1;
+  const int row_block = std::min(step.rows, 16), row_blocks = (step.rows + row_block - 1) / row_block;
+  const int64_t items = static_cast<int64_t>(a.n_head_kv) * row_blocks;
+  const int spans = items >= 4 * pool_.size() ? 1 : n_chunks;
+  const int64_t result = 2 + a.head_dim;  // max, sum, acc of one head
+  float* partial = spans > 1 ? partial_.get<float>(static_cast<size_t>(n_chunks * step.rows * a.n_head * result)) : nullptr;
+
+  const auto chunk = [&](int kv_head, int r, int c, float* max, float* sum, float* acc) {
+    const Range range = visible(r);
+    AttentionChunk t;
+    t.begin = std::max(range.begin, c * kKvChunk);
+    t.end = std::min(range.end, (c + 1) * kKvChunk);
+    if (t.begin >= t.end) return false;
+    t.type = kv.type;
+    t.k = static_cast<const uint8_t*>(kv.k) + head_bytes * static_cast<size_t>(kv_head);
+    t.v = static_cast<const uint8_t*>(kv.v) + head_bytes * static_cast<size_t>(kv_head);
+    t.q = q + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+    t.n_head = group;
+    t.head_dim = a.head_dim;
+    t.scale = a.scale;
+    t.max = max;
+    t.sum = sum;
+    t.acc = acc;
+    k_.attention_chunk(t);
+    return true;
+  };
+  const size_t bytes = 2 * head_bytes / static_cast<size_t>(kv.n_ctx) * static_cast<size_t>(end) *
+                       static_cast<size_t>(a.n_head) * static_cast<size_t>(step.rows);
+
+  if (spans == 1) {
+    parallel(items, bytes, [&](int64_t item, int thread) {
+      const int kv_head = static_cast<int>(item % a.n_head_kv), r0 = static_cast<int>(item / a.n_head_kv) * row_block;
+      const int r1 = std::min(step.rows, r0 + row_block);
+      // Per row of the block and head: running max and sum; then the chunk's max, sum, acc.
+      const size_t heads = static_cast<size_t>(group);
+      float* state = thread_[static_cast<size_t>(thread)].attention.get<float>(
+          static_cast<size_t>(row_block) * heads * 2 + heads * static_cast<size_t>(result));
+      float* chunk_max = state + static_cast<size_t>(row_block) * heads * 2;
+      float *chunk_sum = chunk_max + group, *chunk_acc = chunk_sum + group;
+      for (int c = first_chunk; c <= last_chunk; ++c) {
+        for (int r = r0; r < r1; ++r) {
+          float *max = state + static_cast<size_t>(r - r0) * heads * 2, *sum = max + group;
+          float* acc = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+          if (c == visible(r).begin / kKvChunk) {
+            chunk(kv_head, r, c, max, sum, acc);
+          } else if (chunk(kv_head, r, c, chunk_max, chunk_sum, chunk_acc)) {
+            for (int h = 0; h < group; ++h) {
+              k_.attention_merge(max + h, sum + h, acc + h * a.head_dim, chunk_max[h], chunk_sum[h],
+                                 chunk_acc + h * a.head_dim, a.head_dim);
+            }
+          }
+        }
+      }
+      for (int r = r0; r < r1; ++r) {
+        const float* sum = state + static_cast<size_t>(r - r0) * heads * 2 + group;
+        float* acc = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+        for (int h = 0; h < group; ++h) k_.scale(1.0f / sum[h], a.head_dim, acc + h * a.head_dim);
+      }
+    });
+    return;
+  }
+
+  // partial[chunk][row][kv head]: max[group], sum[group], acc[group, head_dim]
+  const auto slot = [&](int c, int r, int kv_head) {
+    return partial + (static_cast<int64_t>(c - first_chunk) * step.rows + r) * a.n_head * result +
+           static_cast<int64_t>(kv_head) * group * result;
+  };
+  parallel(items * n_chunks, bytes, [&](int64_t item, int) {
+    const int c = first_chunk + static_cast<int>(item % n_chunks);
+    const int kv_head = static_cast<int>(item / n_chunks % a.n_head_kv);
+    const int r0 = static_cast<int>(item / n_chunks / a.n_head_kv) * row_block;
+    for (int r = r0; r < std::min(step.rows, r0 + row_block); ++r) {
+      float* s = slot(c, r, kv_head);
+      chunk(kv_head, r, c, s, s + group, s + 2 * group);
+    }
+  });
+  parallel(static_cast<int64_t>(step.rows) * a.n_head_kv, static_cast<size_t>(n_chunks) * step.rows * a.n_head * result * 4, [&](int64_t item, int) {
+    const int r = static_cast<int>(item / a.n_head_kv), kv_head = static_cast<int>(item % a.n_head_kv);
+    const Range range = visible(r);
+    const int first = range.begin / kKvChunk;
+    float* s = slot(first, r, kv_head);
+    for (int c = first + 1; c <= (range.end - 1) / kKvChunk; ++c) {
+      const float* t = slot(c, r, kv_head);
+      for (int h = 0; h < group; ++h) {
+        k_.attention_merge(s + h, s + group + h, s + 2 * group + h * a.head_dim, t[h], t[group + h],
+                           t + 2 * group + h * a.head_dim, a.head_dim);
+      }
+    }
+    float* to = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+    std::memcpy(to, s + 2 * group, static_cast<size_t>(group * a.head_dim) * sizeof(float));
+    for (int h = 0; h < group; ++h) k_.scale(1.0f / s[group + h], a.head_dim, to + h * a.head_dim);
+  });
+}
+
+}  // namespace dflash::cpu

@@ -1,0 +1,218 @@
+#include "backend/cpu/cpu_backend.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <new>
+
+#include "backend/cpu/isa.h"
+#include "core/error.h"
+#include "quant/blocks.h"
+
+namespace dflash::cpu {
+namespace {
+
+constexpr size_t kHugeFrom = 4 << 20;  // larger buffers come from mmap with huge pages: fewer TLB misses when streamed
+
+// Reproducible noise: splitmix64.
+struct Noise {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  float uniform() { return static_cast<float>(next() >> 40) * 0x1p-24f; }  // [0, 1)
+};
+
+// One row of random weights, about uniform with standard deviation n^-0.5.
+void random_row(DType type, int64_t n, Noise noise, uint8_t* row) {
+  const float bound = std::sqrt(3.0f / static_cast<float>(n));
+  const auto put16 = [](uint8_t* p, uint16_t h) { std::memcpy(p, &h, 2); };
+  const auto put_bytes = [&](uint8_t* p, int count) {
+    for (int i = 0; i < count; i += 8) {
+      const uint64_t bits = noise.next();
+      std::memcpy(p + i, &bits, 8);
+    }
+  };
+  if (is_quantized(type)) {
+    const float levels = type == DType::Q8_0 ? 127.0f : 7.5f;
+    const size_t bytes = row_bytes(type, 32);
+    for (int64_t g = 0; g < n / 32; ++g, row += bytes) {
+      const float d = bound / levels * (0.75f + 0.5f * noise.uniform());
+      put16(row, f32_to_f16(d));
+      if (type == DType::Q4_1) put16(row + 2, f32_to_f16(-d * (7.0f + noise.uniform())));
+      const int header = type == DType::Q4_1 ? 4 : 2;
+      put_bytes(row + header, static_cast<int>(bytes) - header);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = bound * (2.0f * noise.uniform() - 1.0f);
+    if (type == DType::F32) std::memcpy(row + 4 * i, &x, 4);
+    if (type == DType::F16) put16(row + 2 * i, f32_to_f16(x));
+    if (type == DType::BF16) put16(row + 2 * i, f32_to_bf16(x));
+  }
+}
+
+size_t mem_available() {
+  std::ifstream in("/proc/meminfo");
+  for (std::string key; in >> key;) {
+    size_t kb = 0;
+    if (key == "MemAvailable:" && in >> kb) return kb << 10;
+  }
+  return 0;
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend(const BackendOptions& options)
+    : pool_(options.n_threads),
+      k_(select_kernels(options.cpu_isa)),
+      precise_(options.precise),
+      repack_(options.repack && !options.precise),
+      thread_(static_cast<size_t>(pool_.size())) {}
+
+std::string CpuBackend::describe() const {
+  return cat("cpu ", k_.name, ", ", pool_.size(), pool_.size() == 1 ? " thread, " : " threads, ",
+             precise_ ? "f32 activations" : "int8 activations");
+}
+
+MemoryInfo CpuBackend::memory() const {
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+  MemoryInfo info;
+  info.total = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
+  info.free = mem_available();
+  return info;
+}
+
+Buffer CpuBackend::alloc(size_t bytes) {
+  Buffer b;
+  b.bytes = bytes;
+  if (bytes >= kHugeFrom) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p != MAP_FAILED) {
+#if defined(MADV_HUGEPAGE)
+      madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+      b.data = p;
+      b.owner = std::shared_ptr<void>(p, [bytes](void* q) { munmap(q, bytes); });
+    }
+  } else {
+    b.data = std::aligned_alloc(64, (std::max<size_t>(bytes, 1) + 63) / 64 * 64);
+    b.owner = std::shared_ptr<void>(b.data, std::free);
+  }
+  if (!b.data) throw CapacityError(cat("out of memory: could not allocate ", bytes, " bytes"));
+  return b;
+}
+
+void CpuBackend::upload(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+void CpuBackend::download(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+
+Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_alive) {
+  const DTypeInfo& info = dtype_info(t.type);
+  if (t.n_in <= 0 || t.n_out <= 0 || t.n_expert <= 0 || t.n_in % info.block != 0) {
+    fail("tensor '", t.name, "': shape [", t.n_in, ", ", t.n_out, ", ", t.n_expert, "] does not suit type ", info.name,
+         " (row length must be a positive multiple of ", info.block, ")");
+  }
+  Weight w;
+  w.type = t.type;
+  w.n_in = t.n_in;
+  w.n_out = t.n_out;
+  w.n_expert = t.n_expert;
+  w.data = t.data;
+  w.owner = std::move(keep_alive);
+  if (t.bytes != w.bytes() || !t.data) {
+    fail("tensor '", t.name, "': expected ", w.bytes(), " bytes of ", info.name, ", found ", t.data ? t.bytes : 0);
+  }
+  // Only rows are read from the embedding table, so it stays where it is.
+  if (!repack_ || !is_quantized(t.type) || t.name == "token_embd.weight") return w;
+
+  const int64_t panels = panels_of(t.n_out), n_groups = t.n_in / 32;
+  const size_t panel = panel_group_bytes(t.type) * static_cast<size_t>(n_groups), row = row_bytes(t.type, t.n_in);
+  const Buffer packed = alloc(panel * static_cast<size_t>(panels * t.n_expert));
+  const uint8_t* rows = static_cast<const uint8_t*>(t.data);
+  // Pieces of a few megabytes; the pages of the mapping behind a finished piece go, so memory is not held twice.
+  const int64_t piece = std::max<int64_t>(1, static_cast<int64_t>((8 << 20) / panel));
+  pool_.parallel_for((panels * t.n_expert + piece - 1) / piece, [&](int64_t i, int) {
+    const int64_t begin = i * piece, end = std::min(panels * t.n_expert, begin + piece);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p % panels * kPanel;
+      const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, t.n_out - first));
+      k_.pack_panel(t.type, rows + row * static_cast<size_t>(p / panels * t.n_out + first), n_rows, n_groups,
+                    packed.as<uint8_t>() + panel * static_cast<size_t>(p));
+    }
+  });
+  w.layout = kPanelLayout;
+  w.data = packed.data;
+  w.owner = packed.owner;
+  return w;
+}
+
+Weight CpuBackend::random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) {
+  const size_t row = row_bytes(type, n_in);
+  const int64_t rows = n_out * n_expert;
+  HostTensor t{"random", type, n_in, n_out, n_expert, nullptr, row * static_cast<size_t>(rows)};
+  const Buffer host = alloc(t.bytes);
+  pool_.parallel_for(rows, [&](int64_t r, int) {
+    Noise noise{seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(r)};
+    noise.state = noise.next();
+    random_row(type, n_in, noise, host.as<uint8_t>() + row * static_cast<size_t>(r));
+  });
+  t.data = host.data;
+  return load(t, host.owner);
+}
+
+void CpuBackend::copy_rows(const float* src, int rows, int64_t n, float* dst, int64_t stride) {
+  for (int r = 0; r < rows; ++r) std::memcpy(dst + r * stride, src + r * n, static_cast<size_t>(n) * sizeof(float));
+}
+
+void CpuBackend::top1(const float* logits, int rows, int64_t n, Top1* out) {
+  parallel(rows, static_cast<size_t>(rows * n) * 4, [&](int64_t r, int) {
+    k_.top1(logits + r * n, n, &out[r].id, &out[r].prob, &out[r].margin);
+  });
+}
+
+void CpuBackend::embed(const Weight& table, const int32_t* tokens, int rows, float* x) {
+  const size_t row = row_bytes(table.type, table.n_in), block = is_quantized(table.type) ? row_bytes(table.type, 32) : 0;
+  const uint8_t* data = static_cast<const uint8_t*>(table.data);
+  std::vector<uint8_t> gathered(row);
+  for (int r = 0; r < rows; ++r) {
+    const uint8_t* source = data + row * static_cast<size_t>(tokens[r]);
+    if (table.layout == kPanelLayout) {  // undo pack_panel for one row
+      const size_t header = table.type == DType::Q4_1 ? 4 : 2, lane = static_cast<size_t>(tokens[r] % kPanel);
+      const uint8_t* group = data + panel_bytes(table) * static_cast<size_t>(tokens[r] / kPanel);
+      for (uint8_t* b = gathered.data(); b < gathered.data() + row; b += block, group += kPanel * block) {
+        for (size_t h = 0; h < header; h += 2) std::memcpy(b + h, group + kPanel * h + 2 * lane, 2);
+        for (size_t i = 0; i < block - header; ++i) {
+          const uint8_t byte = group[kPanel * header + 64 * (i / 4) + 4 * lane + i % 4];
+          b[header + i] = table.type == DType::Q8_0 ? byte ^ 0x80 : byte;
+        }
+      }
+      source = gathered.data();
+    }
+    decode_row(table.type, source, table.n_in, x + r * table.n_in);
+  }
+}
+
+Backend::ExpertCount CpuBackend::take_expert_count() {
+  const ExpertCount taken = count_;
+  count_ = {};
+  return taken;
+}
+
+}  // namespace dflash::cpu
+
+namespace dflash {
+
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options) {
+  return std::make_unique<cpu::CpuBackend>(options);
+}
+
+}  // namespace dflash

@@ -1,0 +1,81 @@
+#pragma once
+// The inner loops of the CPU backend, one table of functions per instruction set. All tables give the same bits:
+//  * quantised dot products: exact integer sums per group of 32, then acc = fma(float(sum), dw * da, acc) over the
+//    groups in order (Q4_1 adds acc = fma(m, da * float(sum of activations), acc));
+//  * float dot products: 16 lanes, lane j takes elements j, j + 16, ... by fma, then the tree
+//    (j, j + 8), (j, j + 4), (j, j + 2), (j, j + 1);
+//  * everything else: the same f32 operations in the same order (kernels.inc, compiled once per instruction set).
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quant/dtype.h"
+
+namespace dflash::cpu {
+
+inline constexpr int kPanel = 16;     // output rows a quantised kernel handles together
+inline constexpr int kMaxRows = 8;    // activation rows per kernel call
+inline constexpr int kKvChunk = 256;  // key positions per attention split, counted from position 0
+
+// 32 activations: x[i] = q[i] * d. d stays f32 (layer 61 of M2.7 overflows f16). sum = sum of q.
+struct ActBlock {
+  float d;
+  int32_t sum;
+  int8_t q[32];
+};
+static_assert(sizeof(ActBlock) == 40);
+
+// A panel is 16 weight rows interleaved so that one vector lane is one output row. Per group of 32 columns:
+//   Q4_0: f16 d[16]            then 4 x 64 bytes: byte 4 r + i of vector v holds columns 4 v + i (low nibble) and
+//   Q4_1: f16 d[16], f16 m[16]                    16 + 4 v + i (high nibble) of row r, as in the GGUF block
+//   Q8_0: f16 d[16]            then 8 x 64 bytes: byte 4 r + i of vector v holds column 4 v + i of row r, plus 128
+// Rows past the end of the matrix are zero blocks.
+constexpr size_t panel_group_bytes(DType type) { return static_cast<size_t>(kPanel) * row_bytes(type, 32); }
+
+// One head group of one row over the keys [begin, end) of one chunk.
+struct AttentionChunk {
+  DType type = DType::F16;
+  const uint8_t* k = nullptr;  // position 0 of this KV head
+  const uint8_t* v = nullptr;
+  const float* q = nullptr;    // [n_head, head_dim]
+  int n_head = 0;              // query heads sharing this KV head
+  int head_dim = 0;            // multiple of 16
+  float scale = 0.0f;
+  int begin = 0, end = 0;
+  // Results, per head: max score, sum of exp(score - max), sum of exp(score - max) * v.
+  float* max = nullptr;  // [n_head]
+  float* sum = nullptr;  // [n_head]
+  float* acc = nullptr;  // [n_head, head_dim]
+};
+
+struct Kernels {
+  const char* name;
+
+  // y[i] of n elements in blocks of 32; n is a multiple of 32.
+  void (*quantize)(const float* x, int64_t n, ActBlock* y);
+  // y[r][16 p ...] for n_panels consecutive panels and m <= kMaxRows rows of activations.
+  void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
+                 float* const* y);
+  // Interleaves n_rows <= 16 GGUF rows into one panel.
+  void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
+  // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows.
+  void (*float_rows)(DType type, const uint8_t* w, int64_t n, int n_rows, const float* const* x, int m,
+                     float* const* y);
+
+  void (*rms_norm)(const float* x, const float* w, float eps, int64_t n, float* y);
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  void (*sigmoid)(const float* x, int64_t n, float* y);
+  void (*add)(const float* x, int64_t n, float* y);                        // y += x
+  void (*weighted_sum)(const float* w, const float* const* x, int k, int64_t n, float* y);  // y += sum w[i] x[i]
+  void (*rotate)(float* x, const float* cos, const float* sin, int half);  // NEOX pairs (i, i + half)
+  void (*store_kv)(DType type, const float* x, int64_t n, uint8_t* y);
+  void (*attention_chunk)(const AttentionChunk& a);
+  // Adds a chunk's result (max, sum, acc) to a running one.
+  void (*attention_merge)(float* max, float* sum, float* acc, float chunk_max, float chunk_sum, const float* chunk_acc,
+                          int head_dim);
+  void (*scale)(float s, int64_t n, float* x);  // x *= s
+  // Greedy choice, softmax probability of it, distance to the second logit.
+  void (*top1)(const float* logits, int64_t n, int32_t* id, float* prob, float* margin);
+};
+
+}  // namespace dflash::cpu

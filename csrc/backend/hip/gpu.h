@@ -1,0 +1,426 @@
+#pragma once
+// The only file that knows the vendor. AMD (HIP, wave32: gfx11 and gfx12) is what the project is for; NVIDIA (CUDA,
+// sm_80 and later) builds the very same kernels so that they can be tested where AMD hardware is not at hand.
+//
+// Host side: errors as exceptions, memory, streams, events, graphs, launches.
+// Device side: lanes, shuffles, dot products of four bytes, matrix instructions, scalar conversions.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#if defined(DFLASH_GPU_HIP)
+#include <hip/hip_runtime.h>
+#define GPU_API(name) hip##name
+#elif defined(DFLASH_GPU_CUDA)
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define GPU_API(name) cuda##name
+#else
+#error "build through csrc/backend/hip/CMakeLists.txt"
+#endif
+
+#include "core/error.h"
+
+namespace dflash::gpu {
+
+// ---- host: errors ---------------------------------------------------------------------------------------------------
+
+using Status = GPU_API(Error_t);
+
+inline constexpr Status kOk = GPU_API(Success);
+inline constexpr Status kOutOfMemory = GPU_API(ErrorMemoryAllocation);
+
+inline std::string describe(Status s) { return cat(GPU_API(GetErrorName)(s), " (", GPU_API(GetErrorString)(s), ")"); }
+
+inline void check(Status s, const char* what) {
+  if (s == kOk) return;
+  (void)GPU_API(GetLastError)();
+  fail("GPU: ", what, " failed: ", describe(s),
+       ". If kernels failed or the device was lost, drop every model on it and load again, or use backend='cpu'.");
+}
+
+#define GPU_CHECK(call) ::dflash::gpu::check(GPU_API(call), #call)
+
+// ---- host: device, memory, streams ----------------------------------------------------------------------------------
+
+using Stream = GPU_API(Stream_t);
+using Event = GPU_API(Event_t);
+using GraphExec = GPU_API(GraphExec_t);
+
+struct DeviceInfo {
+  std::string name;
+  int compute_units = 0;
+  bool integrated = false;
+};
+
+inline int device_count(Status* why) {
+  int n = 0;
+  *why = GPU_API(GetDeviceCount)(&n);
+  if (*why != kOk) (void)GPU_API(GetLastError)();
+  return *why == kOk ? n : 0;
+}
+
+inline DeviceInfo device_info(int device) {
+  DeviceInfo info;
+  int value = 0;
+#if defined(DFLASH_GPU_HIP)
+  char name[256] = {};
+  GPU_CHECK(DeviceGetName(name, sizeof(name) - 1, device));
+  info.name = name;
+  GPU_CHECK(DeviceGetAttribute(&value, hipDeviceAttributeMultiprocessorCount, device));
+  info.compute_units = value;
+  GPU_CHECK(DeviceGetAttribute(&value, hipDeviceAttributeIntegrated, device));
+#else
+  cudaDeviceProp prop;
+  GPU_CHECK(GetDeviceProperties(&prop, device));
+  info.name = prop.name;
+  GPU_CHECK(DeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device));
+  info.compute_units = value;
+  GPU_CHECK(DeviceGetAttribute(&value, cudaDevAttrIntegrated, device));
+#endif
+  info.integrated = value != 0;
+  return info;
+}
+
+inline void* host_alloc(size_t bytes) {
+  void* p = nullptr;
+#if defined(DFLASH_GPU_HIP)
+  GPU_CHECK(HostMalloc(&p, bytes, 0));
+#else
+  GPU_CHECK(MallocHost(&p, bytes));
+#endif
+  return p;
+}
+
+inline void host_free(void* p) {
+#if defined(DFLASH_GPU_HIP)
+  (void)hipHostFree(p);
+#else
+  (void)cudaFreeHost(p);
+#endif
+}
+
+inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) {
+  GPU_CHECK(MemcpyAsync(dst, src, bytes, GPU_API(MemcpyHostToDevice), s));
+}
+
+inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) {
+  GPU_CHECK(MemcpyAsync(dst, src, bytes, GPU_API(MemcpyDeviceToHost), s));
+}
+
+// Ends a capture begun with StreamBeginCapture and makes it launchable.
+inline GraphExec end_capture(Stream s) {
+  GPU_API(Graph_t) graph = nullptr;
+  GPU_CHECK(StreamEndCapture(s, &graph));
+  GraphExec exec = nullptr;
+#if defined(DFLASH_GPU_HIP)
+  const Status status = hipGraphInstantiate(&exec, graph, nullptr, nullptr, 0);
+#else
+  const Status status = cudaGraphInstantiate(&exec, graph, 0);
+#endif
+  (void)GPU_API(GraphDestroy)(graph);
+  check(status, "GraphInstantiate");
+  return exec;
+}
+
+// Queues kernel<<<grid, threads>>>(args...). On NVIDIA the launch may begin before its predecessor ends; every kernel
+// therefore starts with wait_for_previous().
+template <typename... P, typename... A>
+void launch(Stream stream, dim3 grid, unsigned threads, void (*kernel)(P...), A&&... args) {
+#if defined(DFLASH_GPU_HIP)
+  kernel<<<grid, dim3(threads), 0, stream>>>(static_cast<P>(std::forward<A>(args))...);
+#else
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  GPU_CHECK(LaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...));
+#endif
+  GPU_CHECK(GetLastError());
+}
+
+// ---- device: lanes ---------------------------------------------------------------------------------------------------
+
+inline constexpr int kWave = 32;
+
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A hint: these bytes will be read soon. Weights only, before wait_for_previous().
+__device__ inline void prefetch(const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
+__device__ inline int lane() { return static_cast<int>(threadIdx.x) & (kWave - 1); }
+
+// The wave's number in its block, as a value the compiler knows to be the same in every lane.
+__device__ inline int wave() {
+#if defined(DFLASH_GPU_HIP)
+  return __builtin_amdgcn_readfirstlane(static_cast<int>(threadIdx.x) / kWave);
+#else
+  return static_cast<int>(threadIdx.x) / kWave;
+#endif
+}
+
+template <typename T>
+__device__ inline T shuffle_xor(T v, int mask) {
+#if defined(DFLASH_GPU_HIP)
+  return __shfl_xor(v, mask, kWave);
+#else
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+#endif
+}
+
+__device__ inline float wave_sum(float v) {
+  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
+  return v;
+}
+
+__device__ inline int wave_sum(int v) {
+  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
+  return v;
+}
+
+__device__ inline float wave_max(float v) {
+  for (int m = kWave / 2; m > 0; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
+  return v;
+}
+
+// The sum of v over the lanes before this one.
+__device__ inline int wave_sum_before(int v) {
+  int sum = v;
+  for (int step = 1; step < kWave; step <<= 1) {
+#if defined(DFLASH_GPU_HIP)
+    const int other = __shfl_up(sum, static_cast<unsigned>(step), kWave);
+#else
+    const int other = __shfl_up_sync(0xffffffffu, sum, static_cast<unsigned>(step));
+#endif
+    if (lane() >= step) sum += other;
+  }
+  return sum - v;
+}
+
+// True in every thread of the block that arrives last of `total`; what all blocks wrote before is then visible through
+// load_fresh(). The counter is left at zero.
+__device__ inline bool last_to_arrive(int* counter, int total) {
+  __shared__ int is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(counter, 1) == total - 1;
+    if (is_last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return is_last != 0;
+}
+
+// Reads what another block of this kernel wrote, past caches that are not coherent.
+__device__ inline float load_fresh(const float* p) {
+#if defined(DFLASH_GPU_HIP)
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+  return __ldcg(p);
+#endif
+}
+
+__device__ inline int load_fresh(const int* p) {
+#if defined(DFLASH_GPU_HIP)
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+  return __ldcg(p);
+#endif
+}
+
+// ---- device: bytes and numbers -----------------------------------------------------------------------------------------
+
+// Reads data that this kernel uses once, past the small caches.
+__device__ inline uint4 load_once(const uint8_t* p) {
+#if defined(DFLASH_GPU_HIP)
+  typedef unsigned int u32x4 __attribute__((ext_vector_type(4)));
+  const u32x4 v = __builtin_nontemporal_load(reinterpret_cast<const u32x4*>(p));
+  return make_uint4(v.x, v.y, v.z, v.w);
+#else
+  return __ldcs(reinterpret_cast<const uint4*>(p));
+#endif
+}
+
+__device__ inline float half_to_float(uint16_t h) {
+#if defined(DFLASH_GPU_HIP)
+  return static_cast<float>(__builtin_bit_cast(_Float16, h));
+#else
+  return __half2float(__ushort_as_half(h));
+#endif
+}
+
+__device__ inline uint16_t float_to_half(float f) {
+#if defined(DFLASH_GPU_HIP)
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(f));
+#else
+  return __half_as_ushort(__float2half_rn(f));
+#endif
+}
+
+__device__ inline float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
+
+// c + the dot product of four signed bytes with four signed bytes.
+__device__ inline int dot4(int a, int b, int c) {
+#if defined(DFLASH_GPU_HIP)
+#if defined(__gfx1100__) || defined(__gfx1101__) || defined(__gfx1102__) || defined(__gfx1103__) || \
+    defined(__gfx1150__) || defined(__gfx1151__) || defined(__gfx1200__) || defined(__gfx1201__)
+  return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
+#else  // the host pass only parses
+  return a + b + c;
+#endif
+#else
+  return __dp4a(a, b, c);
+#endif
+}
+
+// ---- device: matrix instructions -------------------------------------------------------------------------------------
+// One step multiplies 16 weight rows by kMmaTokens token rows over a group of 32: exact int32 sums. A lane holds
+// kMmaRows x kMmaToks of the results, c[i * kMmaToks + j]: weight row mma_row(i), token mma_token(j).
+//
+// Operands are read as chunks: 16 bytes of a row, rows 16 bytes apart for weights. Q4 nibbles are one chunk (low
+// nibbles: elements 0..15, high: 16..31), bytes two chunks (elements 0..15, 16..31).
+
+// Rows of activations from which the matrix instructions are used; below, dot4 is at least as fast. The results are
+// the same bits either way.
+#if defined(DFLASH_GPU_HIP)
+inline constexpr int kMmaFromRows = 6;
+inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
+#else
+inline constexpr int kMmaFromRows = 3;
+inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
+#endif
+inline constexpr int kMmaAcc = kMmaRows * kMmaToks;
+
+// Sums start at kMmaZero and are read by mma_value(). NVIDIA converts integers at a fraction of the rate at which it
+// adds floats, so there the sum grows in the mantissa of 1.5 * 2^23: exact for |sum| < 2^22, and 2^19 suffices.
+#if defined(DFLASH_GPU_HIP)
+inline constexpr int kMmaZero = 0;
+__device__ inline float mma_value(int c) { return static_cast<float>(c); }
+#else
+inline constexpr int kMmaZero = 0x4b400000;
+__device__ inline float mma_value(int c) { return __int_as_float(c) - 12582912.0f; }
+#endif
+
+#if defined(DFLASH_GPU_HIP)
+
+#if defined(__gfx1200__) || defined(__gfx1201__)
+// RDNA4: a lane holds half of its row's 16 bytes.
+typedef int mma_bytes __attribute__((ext_vector_type(2)));
+#else
+// RDNA3: lanes l and l + 16 both hold row l's 16 bytes.
+typedef int mma_bytes __attribute__((ext_vector_type(4)));
+#endif
+typedef int mma_sums __attribute__((ext_vector_type(8)));
+
+struct MmaOperand {  // a group of 32: two instructions of depth 16
+  mma_bytes k0, k1;
+};
+using MmaWeights = MmaOperand;
+using MmaActs = MmaOperand;
+
+__device__ inline mma_bytes mma_chunk(const uint8_t* row) {
+#if defined(__gfx1200__) || defined(__gfx1201__)
+  return *reinterpret_cast<const mma_bytes*>(row + (lane() >> 4) * 8);
+#else
+  return *reinterpret_cast<const mma_bytes*>(row);
+#endif
+}
+
+__device__ inline int mma_row(int) { return lane() & 15; }
+__device__ inline int mma_token(int j) {
+#if defined(__gfx1200__) || defined(__gfx1201__)
+  return j + 8 * (lane() >> 4);
+#else
+  return 2 * j + (lane() >> 4);
+#endif
+}
+
+__device__ inline MmaWeights mma_load_nibbles(const uint8_t* chunk) {
+  const mma_bytes v = mma_chunk(chunk + (lane() & 15) * 16);
+  return {v & 0x0f0f0f0f, (v >> 4) & 0x0f0f0f0f};
+}
+
+__device__ inline MmaWeights mma_load_bytes(const uint8_t* chunk0, const uint8_t* chunk1) {
+  return {mma_chunk(chunk0 + (lane() & 15) * 16), mma_chunk(chunk1 + (lane() & 15) * 16)};
+}
+
+// The lane's token is mma_act_token(); its two chunks lie at p and p + second.
+__device__ inline int mma_act_token() { return lane() & 15; }
+__device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) { return {mma_chunk(p), mma_chunk(p + second)}; }
+
+__device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs& x) {
+  mma_sums s;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] = c[i];
+#if defined(__gfx1200__) || defined(__gfx1201__)
+  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32_gfx12(true, x.k0, true, w.k0, s, false);
+  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32_gfx12(true, x.k1, true, w.k1, s, false);
+#elif defined(__HIP_DEVICE_COMPILE__)
+  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(true, x.k0, true, w.k0, s, false);
+  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(true, x.k1, true, w.k1, s, false);
+#endif
+#pragma unroll
+  for (int i = 0; i < 8; ++i) c[i] = s[i];
+}
+
+#else  // NVIDIA: mma.m16n8k32, weights as A (row g = lane / 4 and g + 8), tokens as B
+
+struct MmaWeights {
+  uint32_t a0, a1, a2, a3;
+};
+struct MmaActs {
+  uint32_t b0, b1;
+};
+
+__device__ inline int mma_row(int i) { return (lane() >> 2) + 8 * i; }
+__device__ inline int mma_token(int j) { return (lane() & 3) * 2 + j; }
+
+__device__ inline uint32_t mma_word(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+
+__device__ inline MmaWeights mma_load_nibbles(const uint8_t* chunk) {
+  const uint8_t* p = chunk + lane() * 4;  // row lane / 4, word lane % 4
+  const uint32_t top = mma_word(p), bottom = mma_word(p + 128);
+  return {top & 0x0f0f0f0fu, bottom & 0x0f0f0f0fu, (top >> 4) & 0x0f0f0f0fu, (bottom >> 4) & 0x0f0f0f0fu};
+}
+
+__device__ inline MmaWeights mma_load_bytes(const uint8_t* chunk0, const uint8_t* chunk1) {
+  const uint8_t* p = chunk0 + lane() * 4;
+  const uint8_t* q = chunk1 + lane() * 4;
+  return {mma_word(p), mma_word(p + 128), mma_word(q), mma_word(q + 128)};
+}
+
+__device__ inline int mma_act_token() { return lane() >> 2; }
+__device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) {
+  const uint8_t* q = p + (lane() & 3) * 4;
+  return {mma_word(q), mma_word(q + second)};
+}
+
+__device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs& x) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(w.a0), "r"(w.a1), "r"(w.a2), "r"(w.a3), "r"(x.b0), "r"(x.b1));
+}
+
+#endif
+
+}  // namespace dflash::gpu

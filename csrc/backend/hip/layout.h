@@ -1,0 +1,181 @@
+#pragma once
+// How quantised weights and activations lie in device memory, and the one arithmetic all matrix kernels share.
+//
+// A weight matrix is cut into tiles of 32 output rows; within a tile the groups of 32 inputs follow each other, and
+// within a group the rows: a wave whose lanes are the rows reads 512 contiguous bytes a step, and sixteen rows of a
+// group are the contiguous operand of a matrix instruction. Scales are a second plane in the same order.
+//   quants [expert, tile, group, chunk, row 32, 16 bytes]   chunk: 1 for 4-bit types, 2 for Q8_0
+//   scales [expert, tile, group, row 32, 1 or 2 halves]     Q4_1: d and m
+// The bytes are as many as GGUF's (rows padded to a multiple of 32).
+//
+// The order of summation is part of the layout. K is cut into at most kSegments runs of groups; inside a run
+//   acc = fma(float(integer dot), d_weight * d_activation, acc)
+// group after group, and the runs are then added in order. Every kernel, for one row or thousands, does exactly this.
+
+#include "backend/hip/gpu.h"
+#include "quant/dtype.h"
+
+namespace dflash::hip {
+
+inline constexpr int kTile = 32;
+inline constexpr int kSegments = 8;
+inline constexpr int kThreads = kSegments * gpu::kWave;  // a block of the few-row kernels: one wave per segment
+inline constexpr int kTiledLayout = 1;
+
+// A group of activations: x[i] = q[i] * d; sum = sum of q.
+struct GroupScale {
+  float d;
+  int sum;
+};
+
+// Rows of quantised activations: q [rows, n], scale [rows, n / 32].
+struct QuantRows {
+  const int8_t* q = nullptr;
+  const GroupScale* scale = nullptr;
+  int64_t n = 0;
+};
+
+struct TiledWeight {
+  const uint8_t* quants = nullptr;
+  const uint16_t* scales = nullptr;
+  int groups = 0;   // n_in / 32
+  int tiles = 0;    // of one expert
+  int64_t n_out = 0;
+};
+
+__host__ __device__ inline int segment_groups(int groups) { return (groups + kSegments - 1) / kSegments; }
+__host__ __device__ inline int segment_count(int groups) {
+  return (groups + segment_groups(groups) - 1) / segment_groups(groups);
+}
+
+// The sum over segments starts here: -0 + x is x for every x, signed zeros included.
+inline constexpr float kEmptySum = -0.0f;
+
+__device__ inline int dot_words(const uint4& w, const int4& x, int c) {
+  c = gpu::dot4(static_cast<int>(w.x), x.x, c);
+  c = gpu::dot4(static_cast<int>(w.y), x.y, c);
+  c = gpu::dot4(static_cast<int>(w.z), x.z, c);
+  return gpu::dot4(static_cast<int>(w.w), x.w, c);
+}
+
+__device__ inline uint4 low_nibbles(const uint4& v) {
+  const uint32_t m = 0x0f0f0f0fu;
+  return make_uint4(v.x & m, v.y & m, v.z & m, v.w & m);
+}
+
+__device__ inline uint4 high_nibbles(const uint4& v) {
+  const uint32_t m = 0x0f0f0f0fu;
+  return make_uint4((v.x >> 4) & m, (v.y >> 4) & m, (v.z >> 4) & m, (v.w >> 4) & m);
+}
+
+// The formats. Raw: one row's group as loaded; Block: the same, unpacked. accumulate(): acc plus its dot with a group
+// of activations. start(sum): the value a matrix instruction's sums start from so that they end as that dot.
+
+struct FormatQ4_0 {
+  static constexpr DType kType = DType::Q4_0;
+  static constexpr int kQuantBytes = kTile * 16, kHalves = 1;
+  struct Raw {
+    uint4 q;
+    uint16_t d;
+  };
+  struct Block {
+    uint4 lo, hi;
+    float d;
+  };
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
+    return {gpu::load_once(q + row * 16), s[row]};
+  }
+  static __device__ inline Block unpack(const Raw& r) {
+    return {low_nibbles(r.q), high_nibbles(r.q), gpu::half_to_float(r.d)};
+  }
+  static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
+    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, -8 * x.sum));
+    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+  }
+  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
+    return gpu::mma_load_nibbles(q + half * 256);
+  }
+  static __device__ inline int start(int sum) { return -8 * sum; }
+};
+
+struct FormatQ4_1 {
+  static constexpr DType kType = DType::Q4_1;
+  static constexpr int kQuantBytes = kTile * 16, kHalves = 2;
+  struct Block {
+    uint4 lo, hi;
+    float d, m;
+  };
+  struct Raw {
+    uint4 q;
+    uint32_t dm;
+  };
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
+    return {gpu::load_once(q + row * 16), reinterpret_cast<const uint32_t*>(s)[row]};
+  }
+  static __device__ inline Block unpack(const Raw& r) {
+    return {low_nibbles(r.q), high_nibbles(r.q), gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
+            gpu::half_to_float(static_cast<uint16_t>(r.dm >> 16))};
+  }
+  static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
+    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, 0));
+    acc = fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    return fmaf(static_cast<float>(x.sum), b.m * x.d, acc);
+  }
+  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
+    return gpu::mma_load_nibbles(q + half * 256);
+  }
+  static __device__ inline int start(int) { return 0; }
+};
+
+struct FormatQ8_0 {
+  static constexpr DType kType = DType::Q8_0;
+  static constexpr int kQuantBytes = kTile * 32, kHalves = 1;
+  struct Block {
+    uint4 lo, hi;
+    float d;
+  };
+  struct Raw {
+    uint4 lo, hi;
+    uint16_t d;
+  };
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
+    return {gpu::load_once(q + row * 16), gpu::load_once(q + kTile * 16 + row * 16), s[row]};
+  }
+  static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
+  static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
+    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, 0));
+    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+  }
+  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
+    return gpu::mma_load_bytes(q + half * 256, q + kTile * 16 + half * 256);
+  }
+  static __device__ inline int start(int) { return 0; }
+};
+
+// Calls f(FormatX{}) for a quantised type; false for the others.
+template <typename F>
+bool with_format(DType type, F&& f) {
+  switch (type) {
+    case DType::Q4_0: f(FormatQ4_0{}); return true;
+    case DType::Q4_1: f(FormatQ4_1{}); return true;
+    case DType::Q8_0: f(FormatQ8_0{}); return true;
+    default: return false;
+  }
+}
+
+// One tile of one expert.
+template <typename F>
+struct TileView {
+  const uint8_t* quants;
+  const uint16_t* scales;
+
+  __device__ TileView(const TiledWeight& w, int expert, int tile) {
+    const int64_t first = (static_cast<int64_t>(expert) * w.tiles + tile) * w.groups;
+    quants = w.quants + first * F::kQuantBytes;
+    scales = w.scales + first * (kTile * F::kHalves);
+  }
+  __device__ const uint8_t* group_quants(int g) const { return quants + static_cast<int64_t>(g) * F::kQuantBytes; }
+  __device__ const uint16_t* group_scales(int g) const { return scales + static_cast<int64_t>(g) * (kTile * F::kHalves); }
+};
+
+}  // namespace dflash::hip

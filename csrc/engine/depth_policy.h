@@ -1,0 +1,130 @@
+#pragma once
+// How many tokens to draft and to verify, so that expected committed tokens per second are highest. A pure object:
+// observations in, depth out, no clock inside, so that it can be replayed and simulated. (The question is ollama's
+// speculate_depth.go and Cascade's, arXiv 2506.20675; the answer here works from the drafter's own confidences.)
+//
+// Expected acceptance: the drafter's top-1 probability of each slot, calibrated online against what was accepted.
+// Cost: measured seconds per verify width and per draft count. With both, the last drafted rounds are replayed under
+// today's costs for every draft count n, and the best n (0: plain decoding) is drafted next. Once the confidences of
+// this round are known, verify_depth() cuts again.
+
+#include <array>
+#include <cstddef>
+#include <deque>
+#include <vector>
+
+namespace dflash {
+
+enum class DraftSource { none, dflash, lookup };
+
+struct DraftPlan {
+  DraftSource source = DraftSource::none;
+  int n = 0;  // slots to ask the drafter for, or lookup tokens to verify
+};
+
+struct RoundOutcome {
+  DraftSource source = DraftSource::none;
+  int drafted = 0;                // slots the drafter computed (0 for lookup)
+  int verified = 0;               // drafts that travelled with the anchor: the pass had verified + 1 rows
+  int accepted = 0;
+  int next_stood = -1;            // all verified stood: would the first unverified draft have (1), or not (0)?
+  bool cut = false;               // the text ended inside the block: what follows is unknown, not rejected
+  int lookup_match = 0;
+  std::vector<float> confidence;  // [drafted] the drafter's top-1 probability of each slot
+  double draft_seconds = 0.0;     // drafter and its head
+  double verify_seconds = 0.0;    // target pass and sampling
+};
+
+// Before anything is measured: costs relative to a target pass of one row.
+struct CostPrior {
+  std::vector<double> verify;  // [max_depth + 1] width 1 .. max_depth + 1
+  double draft = 0.2;          // one drafter run
+};
+
+// Seconds by index, from noisy measurements: median of the last few at each index, all sharing one slow scale (a
+// longer context or a busier machine moves every index), unseen ones interpolated along the prior's shape.
+class CostTable {
+ public:
+  explicit CostTable(std::vector<double> prior);
+  void observe(size_t index, double seconds);
+  double at(size_t index) const;  // in units of the prior until something is observed
+  bool seen(size_t index) const { return !recent_[index].empty(); }
+  bool any() const { return any_; }
+  void scale_by(double factor) { scale_ *= factor; }
+
+ private:
+  double ratio(size_t index) const;  // measured over prior
+  std::vector<double> prior_;
+  std::vector<std::deque<double>> recent_;  // seconds / scale at the time
+  std::vector<double> median_;
+  double scale_ = 1.0;
+  bool any_ = false;
+};
+
+// P(slot's draft stands | those before it stood, the drafter gave it probability c).
+class Calibration {
+ public:
+  static constexpr int kBins = 10;
+  explicit Calibration(int max_depth);
+  double acceptance(int slot, float confidence) const;
+  double average(int slot) const;  // whatever the confidence
+  void observe(int slot, float confidence, bool stood);
+
+ private:
+  struct Count {
+    double stood = 0.0, total = 0.0;
+    void add(bool yes, double memory);
+  };
+  static int bin(float confidence);
+  std::array<Count, kBins> all_{};
+  std::vector<std::array<Count, kBins>> by_slot_;
+  std::vector<Count> slot_;
+};
+
+class DepthPolicy {
+ public:
+  DepthPolicy(int max_depth, const CostPrior& prior);
+
+  // Before drafting. max_depth: the most drafts this round can use; has_drafter: whether DFlash may be asked;
+  // lookup_match / lookup_tokens: prompt lookup's candidate (0: none).
+  DraftPlan plan(int max_depth, bool has_drafter, int lookup_match, int lookup_tokens);
+
+  // After drafting: how many of the drafted slots to verify.
+  int verify_depth(const std::vector<float>& confidence) const;
+
+  void observe(const RoundOutcome& outcome);
+
+  int max_depth() const { return max_depth_; }
+  double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
+  double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
+  double best_rate() const { return rate_; }                                                  // tokens a second
+  bool parked() const { return parked_; }
+
+ private:
+  static constexpr size_t kReplay = 12;      // drafted rounds kept for replay
+  static constexpr int kFirstDepth = 4;      // slots asked for before anything is known
+  static constexpr int kLookupBuckets = 5;
+  struct Choice {
+    int n = 0;
+    double rate = 0.0;
+  };
+
+  Choice best_draft(int max_depth) const;
+  Choice best_lookup(int match, int tokens) const;
+  static int lookup_bucket(int match);
+  int longest_wait() const;
+
+  int max_depth_;
+  CostTable verify_;  // index: width - 1
+  CostTable draft_;   // index: slots - 1
+  Calibration calibration_;
+  std::deque<std::vector<float>> replay_;  // confidences of the last drafted rounds, newest first
+  std::array<double, kLookupBuckets> lookup_acceptance_;
+  double bias_ = 1.0;      // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
+  double rate_ = 0.0;      // tokens a second of the best choice, the price of time in verify_depth()
+  bool parked_ = false;    // plain decoding, with probes
+  int wait_ = 0;           // rounds until the next probe
+  int interval_ = 8;       // doubles while probes show no gain
+};
+
+}  // namespace dflash

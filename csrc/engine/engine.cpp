@@ -1,0 +1,54 @@
+#include "engine/engine.h"
+
+#include "core/error.h"
+#ifdef DFLASH_WITH_GPU
+#include "backend/hip/hip_backend.h"
+#endif
+
+namespace dflash {
+
+std::vector<BackendStatus> backend_statuses() {
+  std::vector<BackendStatus> out{{"cpu", ""}};
+#ifdef DFLASH_WITH_GPU
+  out.push_back({"hip", hip_backend_status()});
+#else
+  out.push_back({"hip", "this build has no GPU backend; install a ROCm toolchain and build with -DDFLASH_GPU=hip"});
+#endif
+  return out;
+}
+
+std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
+  std::string name = options.name;
+  const std::vector<BackendStatus> known = backend_statuses();
+  if (name == "auto") {
+    // Precise mode is the CPU's: f32 activations throughout.
+    name = !options.precise && known[1].problem.empty() ? "hip" : "cpu";
+  }
+  for (const BackendStatus& status : known) {
+    if (status.name != name) continue;
+    if (!status.problem.empty()) fail("backend '", name, "' cannot be used: ", status.problem);
+#ifdef DFLASH_WITH_GPU
+    if (name == "hip") return make_hip_backend(options);
+#endif
+    return make_cpu_backend(options);
+  }
+  fail("backend: 'auto', 'cpu' or 'hip' expected, found '", name, "'");
+}
+
+std::shared_ptr<Model> Model::load(const std::string& target_path, const std::string& drafter_path,
+                                   const BackendOptions& options, const Progress& progress) {
+  // Both directories are read and compared before any weight is loaded.
+  const std::shared_ptr<const Gguf> target = Gguf::open(target_path);
+  const std::shared_ptr<const Gguf> drafter = drafter_path.empty() ? nullptr : Gguf::open(drafter_path);
+  const TargetConfig target_config = read_target_config(*target);
+  if (drafter) check_pair(target_config, read_drafter_config(*drafter));
+
+  auto m = std::make_shared<Model>();
+  m->backend = make_backend(options);
+  m->precise = options.precise;
+  m->target = MiniMaxM2::load(target, *m->backend, progress);
+  if (drafter) m->drafter = DFlashDrafter::load(drafter, *m->target, *m->backend, progress);
+  return m;
+}
+
+}  // namespace dflash

@@ -1,0 +1,36 @@
+#pragma once
+// A target and, optionally, its drafter on one backend. Read-only after loading; sessions share it.
+// A backend keeps scratch memory of its own, so sessions of one Model take turns (Python holds a lock).
+
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+#include "model/dflash_drafter.h"
+#include "model/minimax_m2.h"
+
+namespace dflash {
+
+struct Model {
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<MiniMaxM2> target;
+  std::unique_ptr<DFlashDrafter> drafter;  // null: plain decoding (and prompt lookup)
+  bool precise = false;
+
+  // drafter_path may be empty. Throws Error naming the file and what is wrong.
+  static std::shared_ptr<Model> load(const std::string& target_path, const std::string& drafter_path,
+                                     const BackendOptions& options, const Progress& progress);
+
+  int block_size() const { return drafter ? drafter->config().block_size : kLookupBlock; }
+  static constexpr int kLookupBlock = 16;  // anchor + drafts when only prompt lookup proposes
+};
+
+// The backends this build knows: name and why it cannot be used ("" when it can).
+struct BackendStatus {
+  std::string name;
+  std::string problem;
+};
+std::vector<BackendStatus> backend_statuses();
+std::unique_ptr<Backend> make_backend(const BackendOptions& options);
+
+}  // namespace dflash

@@ -1,0 +1,434 @@
+#include "engine/session.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "core/error.h"
+
+namespace dflash {
+
+namespace {
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+DType kv_dtype(const std::string& name, bool precise) {
+  if (name == "auto") return precise ? DType::F32 : DType::F16;
+  if (name == "f16") return DType::F16;
+  if (name == "f32") return DType::F32;
+  if (name == "q8_0") return DType::Q8_0;
+  fail("kv_type: 'auto', 'f16', 'q8_0' or 'f32' expected, found '", name, "'");
+}
+
+SessionOptions checked(const SessionOptions& o) {
+  if (o.n_ctx < 2 || o.n_ctx > (1 << 24)) fail("n_ctx: 2 to ", 1 << 24, " tokens expected, found ", o.n_ctx);
+  if (o.n_batch < 1 || o.n_batch > 65536) fail("n_batch: 1 to 65536 tokens expected, found ", o.n_batch);
+  return o;
+}
+
+// What a pass of w rows should cost by bytes: attention and head once, experts as they become distinct. The exponent
+// is lucebox #501's measurement on a 256-expert top-8 model; live measurements replace all of it.
+CostPrior byte_model(const Model& m) {
+  const double all = static_cast<double>(m.target->bytes_per_token());
+  const double experts = static_cast<double>(m.target->expert_bytes_per_token());
+  const double most = static_cast<double>(m.target->config().n_expert) / m.target->config().n_expert_used;
+  CostPrior prior;
+  for (int w = 1; w <= m.block_size(); ++w) {
+    prior.verify.push_back((all - experts + experts * std::min(std::pow(w, 0.75), most)) / all);
+  }
+  if (m.drafter) {
+    prior.draft = static_cast<double>(m.drafter->weight_bytes() + m.target->head().bytes()) / all;
+  }
+  return prior;
+}
+
+constexpr int kPendingTaps = 32;  // committed tokens whose taps may wait, so that parked rounds cost no drafter pass
+
+}  // namespace
+
+Session::Session(std::shared_ptr<Model> model, const SessionOptions& options)
+    : model_(std::move(model)),
+      options_(checked(options)),
+      backend_(*model_->backend),
+      kv_(backend_, model_->target->config().n_layer, model_->target->config().n_head_kv,
+          model_->target->config().head_dim, options_.n_ctx, kv_dtype(options_.kv_type, model_->precise)),
+      scratch_(backend_, model_->target->config(), std::max(options_.n_batch, model_->block_size())),
+      policy_(model_->block_size() - 1, byte_model(*model_)),
+      stats_(model_->block_size()),
+      earlier_(model_->block_size()) {
+  const size_t batch = static_cast<size_t>(scratch_.max_rows), block = static_cast<size_t>(model_->block_size());
+  token_buffer_ = backend_.alloc(batch * sizeof(int32_t));
+  logits_buffer_ = backend_.alloc(block * static_cast<size_t>(model_->target->config().n_vocab) * sizeof(float));
+  if (model_->drafter) {
+    const DrafterConfig& c = model_->drafter->config();
+    // Quantising the drafter's K/V ruins acceptance (llama.cpp #25725): f16, or f32 in precise mode.
+    drafter_kv_.emplace(backend_, c.n_layer, c.n_head_kv, c.head_dim, options_.n_ctx + c.block_size,
+                        model_->precise ? DType::F32 : DType::F16);
+    drafter_scratch_.emplace(backend_, c, scratch_.max_rows);
+    const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
+    taps_buffer_ = backend_.alloc((batch + kPendingTaps + block) * row * sizeof(float));
+  }
+}
+
+int Session::n_taps() const { return static_cast<int>(model_->drafter->config().target_layers.size()); }
+
+size_t Session::kv_bytes() const { return kv_.bytes() + (drafter_kv_ ? drafter_kv_->bytes() : 0); }
+
+Stats Session::session_stats() const {
+  Stats all = earlier_;
+  all.add(stats_);
+  return all;
+}
+
+void Session::check_tokens(const std::vector<int32_t>& tokens) const {
+  const int n_vocab = model_->target->config().n_vocab;
+  if (tokens.empty()) fail("prompt: at least one token expected, found none");
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= n_vocab) {
+      fail("prompt: token ids 0 to ", n_vocab - 1, " expected, found ", tokens[i], " at position ", i);
+    }
+  }
+  if (tokens.size() > static_cast<size_t>(options_.n_ctx)) {
+    throw CapacityError(cat("prompt: at most n_ctx = ", options_.n_ctx, " tokens expected, found ", tokens.size(),
+                            "; shorten it or open the engine with a larger n_ctx"));
+  }
+}
+
+void Session::rewind(int pos) {
+  if (pos < 0 || pos > pos_) fail("rewind: a position from 0 to ", pos_, " expected, found ", pos);
+  pos_ = pos;
+  active_ = false;
+  if (tokens_.size() > static_cast<size_t>(pos)) {
+    tokens_.resize(static_cast<size_t>(pos));
+    lookup_.truncated(tokens_.size());
+  }
+  if (pos <= drafter_pos_) {
+    drafter_pos_ = pos;
+    pending_ = 0;
+  } else {
+    pending_ = pos - drafter_pos_;
+  }
+}
+
+// Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline.
+void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most) {
+  const size_t most = std::min({static_cast<size_t>(pos_), tokens.size(), keep_at_most});
+  size_t common = 0;
+  while (common < most && tokens[common] == tokens_[common]) ++common;
+  rewind(static_cast<int>(common));
+  tokens_ = tokens;
+}
+
+int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& params) {
+  check_tokens(tokens);
+  check_sampling(params.sampling, model_->target->config().n_vocab);
+  if (params.max_tokens < 1) fail("max_tokens: 1 or more expected, found ", params.max_tokens);
+  const int deepest = model_->block_size() - 1;
+  if (params.depth < -1 || params.depth > deepest) {
+    fail("depth: 'auto' or 0 to ", deepest, " (the drafter's block size less one) expected, found ", params.depth);
+  }
+  if (params.depth > 0 && !model_->drafter) fail("depth: ", params.depth, " drafts need a drafter; none was loaded");
+  sync(tokens, tokens.size() - 1);  // the last token is run again: its logits are needed
+  params_ = params;
+  sampler_ = Sampler(params.sampling);
+  prompt_tokens_ = static_cast<int>(tokens.size());
+  first_ = true;
+  earlier_.add(stats_);
+  stats_ = Stats(model_->block_size());
+  stats_.prompt_tokens = prompt_tokens_;
+  stats_.cached_tokens = pos_;
+  active_ = true;
+  return pos_;
+}
+
+void Session::forward(const int32_t* tokens, int rows) {
+  backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
+  TapSink sink;
+  if (model_->drafter) {
+    sink.layers = &model_->drafter->config().target_layers;
+    sink.dst = taps_buffer_.as<float>() + static_cast<size_t>(pending_) * static_cast<size_t>(n_taps()) *
+                                              static_cast<size_t>(model_->target->config().n_embd);
+  }
+  model_->target->forward(backend_, scratch_, Step{rows, pos_}, token_buffer_.as<int32_t>(), kv_,
+                          model_->drafter ? &sink : nullptr);
+}
+
+void Session::commit(int rows) {
+  pos_ += rows;
+  if (!model_->drafter) return;
+  pending_ += rows;
+  if (pending_ >= kPendingTaps) ingest_pending();
+}
+
+void Session::ingest_pending() {
+  if (pending_ == 0) return;
+  const Stopwatch watch;
+  const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
+  for (int done = 0; done < pending_;) {
+    const int rows = std::min(pending_ - done, drafter_scratch_->max_rows);
+    model_->drafter->ingest(backend_, *drafter_scratch_, Step{rows, drafter_pos_ + done},
+                            taps_buffer_.as<float>() + static_cast<size_t>(done) * row, *drafter_kv_);
+    done += rows;
+  }
+  drafter_pos_ += pending_;
+  pending_ = 0;
+  stats_.ingest_seconds += watch.seconds();
+}
+
+int Session::prefill() {
+  const Stopwatch watch;
+  const double ingested = stats_.ingest_seconds;
+  const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
+  if (rows > 0) {
+    forward(tokens_.data() + pos_, rows);
+    // The logits of the last prompt token wait in the buffer for the first step().
+    if (pos_ + rows == prompt_tokens_) {
+      model_->target->logits(backend_, scratch_, rows - 1, 1, logits_buffer_.as<float>());
+    }
+    commit(rows);
+    backend_.take_expert_count();
+  }
+  stats_.prefill_seconds += watch.seconds() - (stats_.ingest_seconds - ingested);
+  return pos_;
+}
+
+bool Session::is_eos(int32_t token) const {
+  return std::find(params_.eos_ids.begin(), params_.eos_ids.end(), token) != params_.eos_ids.end();
+}
+
+const char* Session::stop_reason() const {
+  if (is_eos(tokens_.back())) return "eos";
+  if (static_cast<int>(tokens_.size()) - prompt_tokens_ >= params_.max_tokens) return "length";
+  if (static_cast<int>(tokens_.size()) >= options_.n_ctx) return "context";
+  return nullptr;
+}
+
+Session::Drafts Session::draft_dflash(int n, int room) {
+  Drafts out;
+  ingest_pending();  // paid per committed token whether or not a round drafts: not part of the draft's cost
+  const Stopwatch watch;
+  const int32_t anchor = tokens_.back();
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, n + 1, *drafter_kv_, logits_buffer_.as<float>());
+  std::vector<Top1> top(static_cast<size_t>(n));
+  backend_.top1(logits_buffer_.as<float>(), n, model_->target->config().n_vocab, top.data());
+  out.source = DraftSource::dflash;
+  out.proposed = n;
+  for (const Top1& t : top) out.confidence.push_back(t.prob);
+  const int keep = params_.depth >= 0 ? n : std::min(room, policy_.verify_depth(out.confidence));
+  for (int i = 0; i < keep; ++i) out.tokens.push_back(top[static_cast<size_t>(i)].id);
+  if (keep < n) out.beyond = top[static_cast<size_t>(keep)].id;
+  out.seconds = watch.seconds();
+  stats_.draft_by_count[static_cast<size_t>(n)].calls += 1;
+  stats_.draft_by_count[static_cast<size_t>(n)].seconds += out.seconds;
+  return out;
+}
+
+Session::Drafts Session::propose(int room) {
+  if (room <= 0 || params_.depth == 0) return {};
+  if (params_.depth > 0) return draft_dflash(std::min(params_.depth, room), room);
+  LookupProposer::Candidate candidate;
+  if (params_.lookup) candidate = lookup_.find(tokens_, room);
+  const DraftPlan plan = policy_.plan(room, model_->drafter != nullptr, candidate.match,
+                                      static_cast<int>(candidate.tokens.size()));
+  if (plan.source == DraftSource::dflash) return draft_dflash(plan.n, room);
+  Drafts out;
+  if (plan.source == DraftSource::lookup) {
+    out.source = plan.source;
+    out.lookup_match = candidate.match;
+    out.tokens.assign(candidate.tokens.begin(), candidate.tokens.begin() + plan.n);
+  }
+  return out;
+}
+
+Accepted Session::verify(const Drafts& drafts) {
+  const int rows = static_cast<int>(drafts.tokens.size()) + 1;
+  const int64_t n_vocab = model_->target->config().n_vocab;
+  std::vector<int32_t> batch{tokens_.back()};
+  batch.insert(batch.end(), drafts.tokens.begin(), drafts.tokens.end());
+
+  const Stopwatch watch;
+  forward(batch.data(), rows);
+  float* logits = logits_buffer_.as<float>();
+  model_->target->logits(backend_, scratch_, 0, rows, logits);
+  const auto stop = [&](int32_t token) { return is_eos(token); };
+  Accepted accepted;
+  double verify_seconds = 0.0;
+  if (sampler_.params().plain_argmax()) {
+    std::vector<Top1> top(static_cast<size_t>(rows));
+    backend_.top1(logits, rows, n_vocab, top.data());
+    verify_seconds = watch.seconds();
+    accepted = accept_matching(drafts.tokens, [&](int i) { return top[static_cast<size_t>(i)].id; }, stop);
+  } else {
+    host_logits_.resize(static_cast<size_t>(rows) * static_cast<size_t>(n_vocab));
+    backend_.download(host_logits_.data(), logits, host_logits_.size() * sizeof(float));
+    verify_seconds = watch.seconds();
+    std::vector<int32_t> history = tokens_;
+    accepted = accept_matching(
+        drafts.tokens,
+        [&](int i) {
+          if (i > 0) history.push_back(drafts.tokens[static_cast<size_t>(i) - 1]);
+          return sampler_.sample(host_logits_.data() + static_cast<int64_t>(i) * n_vocab, n_vocab, history);
+        },
+        stop);
+  }
+  stats_.verify_seconds += verify_seconds;
+  stats_.sample_seconds += watch.seconds() - verify_seconds;
+  const Backend::ExpertCount experts = backend_.take_expert_count();
+  stats_.experts_by_width[static_cast<size_t>(rows)] += experts.distinct;
+  stats_.expert_calls_by_width[static_cast<size_t>(rows)] += experts.calls;
+  account(drafts, accepted, watch.seconds());
+  return accepted;
+}
+
+void Session::account(const Drafts& drafts, const Accepted& accepted, double verify_seconds) {
+  const int n = static_cast<int>(drafts.tokens.size());
+  stats_.steps += 1;
+  stats_.drafted += n;
+  stats_.accepted += accepted.count;
+  stats_.proposed += drafts.proposed;
+  stats_.draft_seconds += drafts.seconds;
+  stats_.depth_histogram[static_cast<size_t>(n)] += 1;
+  stats_.verify_by_width[static_cast<size_t>(n) + 1].calls += 1;
+  stats_.verify_by_width[static_cast<size_t>(n) + 1].seconds += verify_seconds;
+  if (drafts.source == DraftSource::lookup) {
+    stats_.lookup_drafted += n;
+    stats_.lookup_accepted += accepted.count;
+  } else {
+    for (int i = 0; i < n; ++i) {
+      stats_.drafted_per_slot[static_cast<size_t>(i)] += 1;
+      stats_.accepted_per_slot[static_cast<size_t>(i)] += i < accepted.count ? 1 : 0;
+    }
+  }
+  RoundOutcome outcome;
+  outcome.source = drafts.source;
+  outcome.drafted = drafts.proposed;
+  outcome.verified = n;
+  outcome.accepted = accepted.count;
+  outcome.cut = accepted.count < n && is_eos(accepted.tokens.back());
+  if (accepted.count == n && drafts.beyond >= 0) outcome.next_stood = accepted.tokens.back() == drafts.beyond ? 1 : 0;
+  outcome.lookup_match = drafts.lookup_match;
+  outcome.confidence = drafts.confidence;
+  outcome.draft_seconds = drafts.seconds;
+  outcome.verify_seconds = verify_seconds;
+  policy_.observe(outcome);
+}
+
+StepResult Session::step() {
+  if (!active_) fail("step: no generation is under way; call begin()");
+  if (pos_ < prompt_tokens_) {
+    fail("step: ", pos_, " of ", prompt_tokens_, " prompt tokens are in the cache; call prefill() until all are");
+  }
+  StepResult result;
+  if (first_) {
+    const Stopwatch watch;
+    Top1 top;
+    if (sampler_.params().plain_argmax()) {
+      backend_.top1(logits_buffer_.as<float>(), 1, model_->target->config().n_vocab, &top);
+    } else {
+      host_logits_.resize(static_cast<size_t>(model_->target->config().n_vocab));
+      backend_.download(host_logits_.data(), logits_buffer_.data, host_logits_.size() * sizeof(float));
+      top.id = sampler_.sample(host_logits_.data(), model_->target->config().n_vocab, tokens_);
+    }
+    first_ = false;
+    tokens_.push_back(top.id);
+    result.tokens = {top.id};
+    result.source = "prefill";
+    stats_.sample_seconds += watch.seconds();
+    stats_.generated_tokens += 1;
+    result.stop = stop_reason();
+    active_ = result.stop == nullptr;
+    return result;
+  }
+
+  // A round commits at most 1 + drafts tokens: never past max_tokens, nor past the context.
+  const int n_tokens = static_cast<int>(tokens_.size());
+  const int left = std::min(params_.max_tokens - (n_tokens - prompt_tokens_), options_.n_ctx - n_tokens);
+  const Drafts drafts = propose(std::min(model_->block_size() - 1, left - 1));
+  const Accepted accepted = verify(drafts);
+  tokens_.insert(tokens_.end(), accepted.tokens.begin(), accepted.tokens.end());
+  commit(static_cast<int>(accepted.tokens.size()));  // the anchor and all but the last committed token
+
+  result.tokens = accepted.tokens;
+  result.drafted = static_cast<int>(drafts.tokens.size());
+  result.accepted = accepted.count;
+  result.source = drafts.source == DraftSource::dflash ? "dflash" : drafts.source == DraftSource::lookup ? "lookup" : "none";
+  result.stop = stop_reason();
+  active_ = result.stop == nullptr;
+  stats_.generated_tokens += static_cast<int64_t>(accepted.tokens.size());
+  return result;
+}
+
+void Session::run_all(const std::vector<int32_t>& tokens) {
+  check_tokens(tokens);
+  sync(tokens, tokens.size());
+  prompt_tokens_ = static_cast<int>(tokens.size());
+  while (pos_ < prompt_tokens_) {
+    const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
+    forward(tokens_.data() + pos_, rows);
+    commit(rows);
+  }
+}
+
+std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
+  check_tokens(tokens);
+  sync(tokens, 0);
+  prompt_tokens_ = static_cast<int>(tokens.size());
+  const int64_t n_vocab = model_->target->config().n_vocab;
+  std::vector<float> out(tokens.size() * static_cast<size_t>(n_vocab));
+  while (pos_ < prompt_tokens_) {
+    const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
+    forward(tokens_.data() + pos_, rows);
+    for (int done = 0; done < rows;) {  // the head in slices of what the buffer holds
+      const int slice = std::min(rows - done, model_->block_size());
+      model_->target->logits(backend_, scratch_, done, slice, logits_buffer_.as<float>());
+      backend_.download(out.data() + static_cast<int64_t>(pos_ + done) * n_vocab, logits_buffer_.data,
+                        static_cast<size_t>(slice) * static_cast<size_t>(n_vocab) * sizeof(float));
+      done += slice;
+    }
+    commit(rows);
+  }
+  return out;
+}
+
+std::vector<float> Session::taps(const std::vector<int32_t>& tokens) {
+  if (!model_->drafter) fail("taps: a drafter names the tapped layers; none was loaded");
+  check_tokens(tokens);
+  sync(tokens, 0);
+  prompt_tokens_ = static_cast<int>(tokens.size());
+  const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
+  std::vector<float> out(tokens.size() * row);
+  while (pos_ < prompt_tokens_) {
+    ingest_pending();
+    const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
+    forward(tokens_.data() + pos_, rows);
+    backend_.download(out.data() + static_cast<size_t>(pos_) * row, taps_buffer_.data,
+                      static_cast<size_t>(rows) * row * sizeof(float));
+    commit(rows);
+  }
+  return out;
+}
+
+std::vector<float> Session::draft_logits(const std::vector<int32_t>& tokens, int32_t anchor, int n, int block_rows) {
+  if (!model_->drafter) fail("draft_logits: no drafter was loaded");
+  const int block = model_->block_size(), n_vocab = model_->target->config().n_vocab;
+  if (n < 1 || n > block - 1) fail("draft_logits: n from 1 to ", block - 1, " expected, found ", n);
+  const int rows = block_rows == 0 ? n + 1 : block_rows;
+  if (rows < n + 1 || rows > block) fail("draft_logits: block_rows from ", n + 1, " to ", block, " expected, found ", rows);
+  if (anchor < 0 || anchor >= n_vocab) fail("draft_logits: anchor from 0 to ", n_vocab - 1, " expected, found ", anchor);
+  run_all(tokens);
+  ingest_pending();
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>());
+  std::vector<float> out(static_cast<size_t>(n) * static_cast<size_t>(n_vocab));
+  backend_.download(out.data(), logits_buffer_.data, out.size() * sizeof(float));
+  return out;
+}
+
+}  // namespace dflash

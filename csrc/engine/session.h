@@ -1,0 +1,120 @@
+#pragma once
+// One timeline: tokens, the target's KV, the drafter's KV, statistics. Plain decoding is the speculative loop with
+// no drafts; there is one loop.
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/accept.h"
+#include "engine/depth_policy.h"
+#include "engine/engine.h"
+#include "engine/lookup.h"
+#include "engine/sampler.h"
+#include "engine/stats.h"
+
+namespace dflash {
+
+struct SessionOptions {
+  int n_ctx = 8192;               // tokens, prompt and answer together
+  std::string kv_type = "auto";   // auto (f16; f32 in precise mode) | f16 | q8_0 | f32
+  int n_batch = 512;              // prompt tokens in one prefill pass
+};
+
+struct GenerateParams {
+  SamplingParams sampling;
+  int max_tokens = 256;
+  int depth = -1;                 // -1: the policy decides; 0..block_size-1: fixed, drafter only
+  std::vector<int32_t> eos_ids;
+  bool lookup = true;             // let prompt lookup propose (depth -1 only)
+};
+
+struct StepResult {
+  std::vector<int32_t> tokens;    // committed: drafts that stood, then the target's own
+  int drafted = 0, accepted = 0;
+  const char* source = "none";    // prefill | none | dflash | lookup
+  const char* stop = nullptr;     // null | eos | length | context
+};
+
+class Session {
+ public:
+  Session(std::shared_ptr<Model> model, const SessionOptions& options);
+
+  // Keeps the common prefix of what the caches hold and returns its length. Nothing is computed yet.
+  int begin(const std::vector<int32_t>& tokens, const GenerateParams& params);
+  // One chunk of the prompt; returns the prompt tokens now in the cache.
+  int prefill();
+  // One round. The first after prefill commits the first token.
+  StepResult step();
+  // Forgets everything from position pos on.
+  void rewind(int pos);
+
+  int pos() const { return pos_; }
+  int n_ctx() const { return options_.n_ctx; }
+  size_t kv_bytes() const;
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+  const Stats& stats() const { return stats_; }
+  Stats session_stats() const;  // all generations of this session
+  const Model& model() const { return *model_; }
+  const DepthPolicy& policy() const { return policy_; }
+
+  // For study. Each replaces the timeline by tokens. rows_out [n, n_vocab] / [n, n_taps * n_embd] are host memory.
+  std::vector<float> logits(const std::vector<int32_t>& tokens);
+  std::vector<float> taps(const std::vector<int32_t>& tokens);
+  std::vector<float> draft_logits(const std::vector<int32_t>& tokens, int32_t anchor, int n, int block_rows);
+
+ private:
+  struct Drafts {
+    DraftSource source = DraftSource::none;
+    std::vector<int32_t> tokens;
+    int proposed = 0;       // slots the drafter computed; tokens are the first of them
+    int32_t beyond = -1;    // the first drafted token that is not verified
+    int lookup_match = 0;
+    std::vector<float> confidence;
+    double seconds = 0.0;
+  };
+
+  void check_tokens(const std::vector<int32_t>& tokens) const;
+  void sync(const std::vector<int32_t>& tokens, size_t keep_at_most);
+  // Runs tokens_[pos_ .. pos_ + rows) through the target; advances pos_ only when told to by commit().
+  void forward(const int32_t* tokens, int rows);
+  void commit(int rows);   // rows of the last forward stay in the caches
+  void ingest_pending();   // taps of committed tokens -> drafter K/V
+  void run_all(const std::vector<int32_t>& tokens);
+  Drafts propose(int room);
+  Drafts draft_dflash(int n, int room);
+  Accepted verify(const Drafts& drafts);
+  void account(const Drafts& drafts, const Accepted& accepted, double verify_seconds);
+  bool is_eos(int32_t token) const;
+  const char* stop_reason() const;
+  int n_taps() const;
+
+  std::shared_ptr<Model> model_;
+  SessionOptions options_;
+  Backend& backend_;
+  KvCache kv_;
+  MiniMaxM2::Scratch scratch_;
+  std::optional<KvCache> drafter_kv_;
+  std::optional<DFlashDrafter::Scratch> drafter_scratch_;
+  Buffer token_buffer_;   // int32 [n_batch]
+  Buffer logits_buffer_;  // f32 [block_size, n_vocab]
+  Buffer taps_buffer_;    // f32 [n_batch + block_size, n_taps * n_embd]: pending rows, then the current pass
+  std::vector<float> host_logits_;
+
+  std::vector<int32_t> tokens_;  // the timeline; all but the anchor (the last, while generating) are in the cache
+  int pos_ = 0;                  // tokens whose K/V the target's cache holds
+  int drafter_pos_ = 0;          // tokens whose K/V the drafter's cache holds
+  int pending_ = 0;              // rows of taps_buffer_ not yet taken in: positions drafter_pos_ .. + pending_
+  int prompt_tokens_ = 0;
+  bool active_ = false;          // between begin() and the end of the generation
+  bool first_ = true;            // the next step commits the first token
+
+  GenerateParams params_;
+  Sampler sampler_{SamplingParams{}};
+  LookupProposer lookup_;
+  DepthPolicy policy_;
+  Stats stats_, earlier_;  // of this generation; of those before it
+};
+
+}  // namespace dflash

@@ -1,0 +1,70 @@
+#pragma once
+// DFlash v1 block drafter (z-lab dflash; arXiv 2602.06036). Two functions: ingest() turns the target's taps of
+// committed tokens into cached K/V, draft() runs [anchor, mask x n] against that context and predicts every slot at
+// its own position. Embedding and head are the target's.
+
+#include <memory>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/config.h"
+#include "model/kv_cache.h"
+#include "model/minimax_m2.h"
+
+namespace dflash {
+
+class DFlashDrafter {
+ public:
+  struct Layer {
+    Weight attn_norm;        // [n_embd]
+    Weight q, k, v;          // [n_head(_kv) * head_dim, n_embd]
+    Weight q_norm, k_norm;   // [head_dim]
+    Weight attn_output;      // [n_embd, n_head * head_dim]
+    Weight ffn_norm;         // [n_embd]
+    Weight gate, up, down;   // [n_ff, n_embd], the same, [n_embd, n_ff]
+  };
+
+  // Activations of up to max_rows context rows or one block.
+  struct Scratch {
+    Scratch(Backend& backend, const DrafterConfig& c, int max_rows);
+    int max_rows;
+    Buffer memory, token_memory;
+    float* x;         // [max_rows, n_embd]
+    float* q;         // [block_size, n_head * head_dim]
+    float* attn;      // [block_size, n_head * head_dim]
+    float* k;         // [max_rows, n_head_kv * head_dim]
+    float* v;         // [max_rows, n_head_kv * head_dim]
+    int32_t* tokens;  // [block_size]
+  };
+
+  // target must outlive the drafter. Throws when the two do not fit each other.
+  static std::unique_ptr<DFlashDrafter> load(std::shared_ptr<const Gguf> gguf, const MiniMaxM2& target,
+                                             Backend& backend, const Progress& progress);
+  static std::unique_ptr<DFlashDrafter> random(const DrafterConfig& config, const MiniMaxM2& target, DType matrices,
+                                               Backend& backend, uint64_t seed);
+
+  const DrafterConfig& config() const { return config_; }
+  size_t weight_bytes() const;
+
+  // Projects taps [step.rows, n_taps * n_embd] of committed tokens to K/V at their own positions.
+  void ingest(Backend& backend, Scratch& s, Step step, const float* taps, const KvCache& kv) const;
+
+  // Slots 1..n for the anchor at position pos, given context at positions < pos. rows (n + 1 .. block_size) is how
+  // much of the block is run. The block's own K/V lie beyond the context and are overwritten later.
+  // logits [n, n_vocab]
+  void draft(Backend& backend, Scratch& s, int32_t anchor, int pos, int n, int rows, const KvCache& kv,
+             float* logits) const;
+
+ private:
+  QkvPost qkv_post(const Layer& l) const;
+
+  DrafterConfig config_;
+  const MiniMaxM2* target_ = nullptr;
+  Weight fc_;           // [n_embd, n_taps * n_embd]
+  Weight hidden_norm_;  // [n_embd]
+  Weight output_norm_;  // [n_embd]
+  Weight inv_freq_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace dflash

@@ -1,0 +1,78 @@
+#include "model/weights.h"
+
+#include "core/error.h"
+
+namespace dflash {
+
+WeightLoader::WeightLoader(std::shared_ptr<const Gguf> gguf, Backend& backend, std::string stage, Progress progress)
+    : gguf_(std::move(gguf)), backend_(backend), stage_(std::move(stage)), progress_(std::move(progress)) {
+  for (const Gguf::Tensor& t : gguf_->tensors()) total_ += t.bytes;
+  if (progress_) progress_(stage_, 0, total_);
+}
+
+Weight WeightLoader::take(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert, bool must_be_f32) {
+  const Gguf::Tensor* t = gguf_->find_tensor(name);
+  if (t == nullptr) fail(gguf_->path(), ": tensor '", name, "' is missing");
+  std::vector<int64_t> found = t->ne;
+  while (found.size() < 3) found.push_back(1);
+  if (found != std::vector<int64_t>{n_in, n_out, n_expert}) {
+    std::string shape;
+    for (const int64_t n : t->ne) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
+    fail(gguf_->path(), ": tensor '", name, "': shape {", n_in, ", ", n_out, ", ", n_expert,
+         "} (fastest first) expected from the metadata, found {", shape, "}");
+  }
+  const DTypeInfo* info = find_dtype(t->type_id);
+  if (info == nullptr) {
+    std::string known;
+    for (const DTypeInfo& d : kDTypes) known += std::string(known.empty() ? "" : ", ") + d.name;
+    fail(gguf_->path(), ": tensor '", name, "': type id ", t->type_id, " is not supported (", known,
+         "); convert the checkpoint with 'dflash-cpp convert'");
+  }
+  if (must_be_f32 && info->type != DType::F32) {
+    fail(gguf_->path(), ": tensor '", name, "': F32 expected, found ", info->name);
+  }
+  HostTensor host;
+  host.name = name;
+  host.type = info->type;
+  host.n_in = n_in;
+  host.n_out = n_out;
+  host.n_expert = n_expert;
+  host.data = gguf_->tensor_data(*t);
+  host.bytes = t->bytes;
+  Weight w = backend_.load(host, gguf_->share_file());
+  taken_.insert(name);
+  done_ += t->bytes;
+  if (progress_) progress_(stage_, done_, total_);
+  return w;
+}
+
+Weight WeightLoader::matrix(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
+  return take(name, n_in, n_out, n_expert, false);
+}
+
+Weight WeightLoader::f32_matrix(const std::string& name, int64_t n_in, int64_t n_out) {
+  return take(name, n_in, n_out, 1, true);
+}
+
+Weight WeightLoader::vector(const std::string& name, int64_t n) { return take(name, n, 1, 1, true); }
+
+Weight upload_f32(Backend& backend, const std::vector<float>& values) {
+  Buffer buffer = backend.alloc(values.size() * sizeof(float));
+  backend.upload(buffer.data, values.data(), values.size() * sizeof(float));
+  Weight w;
+  w.n_in = static_cast<int64_t>(values.size());
+  w.n_out = 1;
+  w.data = buffer.data;
+  w.owner = buffer.owner;
+  return w;
+}
+
+void WeightLoader::finish() const {
+  for (const Gguf::Tensor& t : gguf_->tensors()) {
+    if (taken_.count(t.name) == 0) {
+      fail(gguf_->path(), ": tensor '", t.name, "' is not part of this architecture; a newer or different model?");
+    }
+  }
+}
+
+}  // namespace dflash

@@ -1,0 +1,177 @@
+"""What several commands share: consoles, engine and sampling flags, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ..api import Engine
+from ..errors import DFlashError
+from ..options import BACKENDS, KV_TYPES, EngineOptions, GenerateOptions
+
+if TYPE_CHECKING:
+    from ..options import GenerateKwargs
+
+Subparsers = Any  # argparse has no public name for the type of add_subparsers()
+
+
+def stdout_console() -> Console:
+    """For results."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def stderr_console() -> Console:
+    """For progress, tables beside an answer, and messages."""
+    return Console(stderr=True, highlight=False)
+
+
+def add_command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose help ends with examples."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def depth_value(text: str) -> int | Literal["auto"]:
+    """ "auto" or a number, for argparse."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected 'auto' or a number, found {text!r}") from None
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """--target, --drafter and the fields of `EngineOptions`."""
+    d = EngineOptions()
+    group = parser.add_argument_group("model")
+    group.add_argument("--target", required=True, metavar="FILE", help="target GGUF")
+    group.add_argument("--drafter", metavar="FILE", help="drafter GGUF; without it decoding is plain")
+    group.add_argument("--backend", choices=BACKENDS, default=d.backend)
+    group.add_argument("--precise", action="store_true", help="f32 activations: the slower reference mode")
+    group.add_argument(
+        "--n-ctx", type=int, default=d.n_ctx, metavar="N", help="context in tokens (default: %(default)s)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+    group.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
+    group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N", help="prompt tokens of a prefill chunk")
+    group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
+    group.add_argument("--no-repack", action="store_true", help="read the weights where the file is mapped")
+
+
+def add_generate_flags(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    """The fields of `GenerateOptions` that make sense in a shell."""
+    d = GenerateOptions()
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help="most tokens to generate")
+    group.add_argument("--depth", type=depth_value, default=d.depth, metavar="auto|N", help="drafts per round")
+    group.add_argument("--temperature", type=float, default=d.temperature, metavar="T", help="0: greedy")
+    group.add_argument("--top-k", type=int, default=d.top_k, metavar="K", help="0: off")
+    group.add_argument("--top-p", type=float, default=d.top_p, metavar="P", help="1: off")
+    group.add_argument("--min-p", type=float, default=d.min_p, metavar="P", help="0: off")
+    group.add_argument("--seed", type=int, metavar="N", help="default: drawn, and shown by --stats")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    group.add_argument("--repetition-penalty", type=float, default=d.repetition_penalty, metavar="X")
+    group.add_argument("--presence-penalty", type=float, default=d.presence_penalty, metavar="X")
+    group.add_argument("--frequency-penalty", type=float, default=d.frequency_penalty, metavar="X")
+    group.add_argument("--penalty-last-n", type=int, default=d.penalty_last_n, metavar="N", help="-1: all tokens")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    group.add_argument("--no-lookup", action="store_true", help="no drafts from n-gram matches")
+
+
+def generate_options(args: argparse.Namespace) -> GenerateKwargs:
+    """Checked keyword arguments for `Engine.stream`. Raises DFlashError for values out of range."""
+    options: GenerateKwargs = {
+        "max_tokens": args.max_tokens,
+        "depth": args.depth,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "seed": args.seed,
+        "stop": tuple(args.stop),
+        "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "penalty_last_n": args.penalty_last_n,
+        "ignore_eos": args.ignore_eos,
+        "lookup": not args.no_lookup,
+    }
+    GenerateOptions(**options)  # before minutes of loading
+    return options
+
+
+@contextmanager
+def byte_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (stage, done bytes, total bytes) that draws one bar for each stage."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def load_engine(args: argparse.Namespace, console: Console) -> Engine:
+    """The engine that the flags describe, with a bar while it loads."""
+    with byte_progress(console) as progress:
+        return Engine(
+            args.target,
+            args.drafter,
+            backend=args.backend,
+            precise=args.precise,
+            n_ctx=args.n_ctx,
+            n_threads=args.threads,
+            kv_type=args.kv_type,
+            n_batch=args.n_batch,
+            cpu_isa=args.cpu_isa,
+            repack=not args.no_repack,
+            progress=progress,
+        )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def write_text(text: str) -> None:
+    """Text as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def read_text_file(name: str, path: str) -> str:
+    """A UTF-8 file. Raises DFlashError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DFlashError(f"{name}: expected a text file at {path}: {e}") from e

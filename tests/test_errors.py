@@ -1,0 +1,303 @@
+"""Wrong input gets one clear error before any work. Catches crashes, tracebacks from inside, and vague messages."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import checkpoint_dir
+
+import dflash_cpp
+from dflash_cpp import CapacityError, DFlashError, Engine, _core
+
+BAD_OPTIONS = [
+    ({"max_tokens": 0}, "max_tokens.*at least 1.*0"),
+    ({"max_tokens": 2.5}, "max_tokens.*2.5"),
+    ({"temperature": -0.1}, "temperature.*-0.1"),
+    ({"temperature": math.nan}, "temperature.*nan"),
+    ({"temperature": "hot"}, "temperature.*hot"),
+    ({"top_k": -1}, "top_k.*-1"),
+    ({"top_p": 0}, "top_p.*0"),
+    ({"top_p": 1.1}, "top_p.*1.1"),
+    ({"min_p": 2}, "min_p.*2"),
+    ({"seed": -1}, "seed.*-1"),
+    ({"seed": 2**63}, "seed"),
+    ({"stop": ""}, "stop.*non-empty"),
+    ({"stop": [3]}, "stop.*3"),
+    ({"stop": 3}, "stop.*3"),
+    ({"depth": -1}, "depth.*-1"),
+    ({"depth": 16}, r"depth.*0\.\.15.*16"),
+    ({"depth": "deep"}, "depth.*deep"),
+    ({"depth": True}, "depth.*True"),
+    ({"repetition_penalty": 0}, "repetition_penalty.*0"),
+    ({"presence_penalty": math.inf}, "presence_penalty.*inf"),
+    ({"frequency_penalty": None}, "frequency_penalty.*None"),
+    ({"penalty_last_n": -2}, "penalty_last_n.*-2"),
+    ({"logit_bias": [1]}, "logit_bias.*mapping"),
+    ({"logit_bias": {1: math.nan}}, "logit_bias.*nan"),
+    ({"logit_bias": {-1: 0.0}}, "logit_bias.*-1"),
+    ({"logit_bias": {5000: 1.0}}, "logit_bias.*5000"),
+    ({"logits_hook": 3}, "logits_hook.*3"),
+    ({"ignore_eos": 1}, "ignore_eos.*1"),
+    ({"lookup": "yes"}, "lookup.*yes"),
+    ({"temprature": 1.0}, "unknown option 'temprature'.*'temperature'"),
+    ({"xyzzy": 1.0}, "unknown option 'xyzzy'.*max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_generate_options(options: dict[str, Any], message: str, engine: Engine) -> None:
+    with pytest.raises(DFlashError, match=message):
+        engine.generate("def f(", **options)
+    assert engine.generate("def f(", max_tokens=2).tokens, "the engine stays usable"
+
+
+BAD_PROMPTS = [
+    ("", "prompt.*empty"),
+    ([], "prompt.*at least one token"),
+    ([1024], r"prompt.*0\.\.1023.*1024 at position 0"),
+    ([1, 2, -3], "prompt.*-3 at position 2"),
+    ([1, 2**40], "prompt.*position 1"),
+    ([1.5], "prompt.*integer.*1.5"),
+    ([True], "prompt.*integer.*True"),
+    (["a"], "prompt.*integer.*'a'"),
+    (b"bytes", "prompt.*bytes"),
+    (7, "prompt.*int"),
+    (None, "prompt.*none"),
+    (np.zeros((2, 2), dtype=np.int32), "prompt.*one dimension"),
+    (np.zeros(3, dtype=np.float32), "prompt.*integer"),
+    ("\ud800", "Unicode"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS, ids=lambda v: ascii(v)[:30])
+def test_prompts(prompt: Any, message: str, engine: Engine) -> None:
+    with pytest.raises(DFlashError, match=message):
+        engine.generate(prompt, max_tokens=2)
+
+
+def test_a_prompt_longer_than_the_context(engine: Engine) -> None:
+    with pytest.raises(CapacityError, match="prompt.*n_ctx = 1024.*1025"):
+        engine.generate([5] * 1025)
+    with pytest.raises(CapacityError, match="tokens.*n_ctx = 1024.*1025"):
+        engine.logits([5] * 1025)
+    assert engine.generate([5] * 1024).finish_reason == "context"
+
+
+def test_prompt_and_messages(engine: Engine) -> None:
+    with pytest.raises(DFlashError, match="both"):
+        engine.generate("a", messages=[{"role": "user", "content": "b"}])
+    with pytest.raises(DFlashError, match="tools"):
+        engine.generate("a", tools=[])
+
+
+BAD_ENGINE_OPTIONS = [
+    ({"backend": "cuda"}, "backend.*'cpu'.*cuda"),
+    ({"precise": 1}, "precise.*1"),
+    ({"n_ctx": 1}, "n_ctx.*1"),
+    ({"n_ctx": "8k"}, "n_ctx.*8k"),
+    ({"n_threads": 0}, "n_threads.*0"),
+    ({"kv_type": "q4_0"}, "kv_type.*'f16'.*q4_0"),
+    ({"n_batch": 0}, "n_batch.*0"),
+    ({"cpu_isa": "sse9"}, "cpu_isa.*sse9"),
+    ({"progress": 3}, "progress.*3"),
+    ({"n_thread": 3}, "unknown option 'n_thread'.*'n_threads'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ENGINE_OPTIONS, ids=lambda v: str(v)[:40])
+def test_engine_options(options: dict[str, Any], message: str, nano_path: Path) -> None:
+    with pytest.raises(DFlashError, match=message):
+        Engine(nano_path, **options)
+
+
+def test_more_context_than_memory(nano_path: Path) -> None:
+    with pytest.raises(DFlashError):
+        Engine(nano_path, n_ctx=2**25)
+
+
+def test_files_that_are_not_there(nano_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DFlashError, match=r"target.*nothing\.gguf.*found nothing"):
+        Engine(tmp_path / "nothing.gguf")
+    with pytest.raises(DFlashError, match="target.*folder.*convert"):
+        Engine(tmp_path)
+    with pytest.raises(DFlashError, match=r"drafter.*no\.gguf"):
+        Engine(nano_path, tmp_path / "no.gguf")
+    with pytest.raises(DFlashError, match="target.*path"):
+        Engine(3)  # type: ignore[arg-type]
+
+
+def test_files_that_are_not_gguf(nano_path: Path, tmp_path: Path) -> None:
+    for content in (b"", b"GGUF", b"PK\x03\x04" + bytes(100), b"GGUF" + struct.pack("<IQQ", 99, 0, 0)):
+        path = tmp_path / "wrong.gguf"
+        path.write_bytes(content)
+        with pytest.raises(DFlashError, match=r"wrong\.gguf"):
+            Engine(path)
+        with pytest.raises(DFlashError, match=r"wrong\.gguf"):
+            Engine(nano_path, path)
+        path.unlink()
+
+
+def test_a_truncated_file(nano_path: Path, tmp_path: Path) -> None:
+    data = nano_path.read_bytes()
+    for size in (len(data) - 1, len(data) // 2, 5000, 30):
+        path = tmp_path / f"cut{size}.gguf"
+        path.write_bytes(data[:size])
+        with pytest.raises(DFlashError, match=rf"cut{size}\.gguf"):
+            Engine(path)
+
+
+def test_swapped_roles(nano_path: Path, nano_drafter_path: Path) -> None:
+    with pytest.raises(DFlashError, match="minimax-m2.*dflash|tokenizer"):
+        Engine(nano_drafter_path)
+    with pytest.raises(DFlashError, match="dflash.*minimax-m2"):
+        Engine(nano_path, nano_path)
+
+
+def patched(source: Path, out: Path, key: str, old: bytes, new: bytes) -> Path:
+    """A copy with a metadata value changed in place."""
+    data = bytearray(source.read_bytes())
+    at = data.index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key)
+    value = data.index(old, at, at + 64)
+    data[value : value + len(old)] = new
+    out.write_bytes(data)
+    return out
+
+
+def u32(n: int) -> bytes:
+    return struct.pack("<I", n)
+
+
+DRAFTER_PATCHES = [
+    ("dflash.embedding_length", u32(128), u32(256), "embedding_length|n_embd|shape|hidden"),
+    ("dflash.block_count", u32(3), u32(4), "blk.3|block_count"),
+    ("dflash.block_size", u32(16), u32(0), "block_size"),
+    ("dflash.target_layers", u32(5), u32(9), "target_layers.*9|tap.*9|layer.*9"),
+    ("tokenizer.ggml.mask_token_id", u32(1023), u32(1024), "mask_token_id.*1024"),
+    ("dflash.attention.head_count_kv", u32(1), u32(0), "head_count_kv"),
+]
+
+
+@pytest.mark.parametrize(("key", "old", "new", "message"), DRAFTER_PATCHES, ids=[p[0] for p in DRAFTER_PATCHES])
+def test_a_drafter_that_does_not_fit(
+    key: str, old: bytes, new: bytes, message: str, nano_path: Path, nano_drafter_path: Path, tmp_path: Path
+) -> None:
+    wrong = patched(nano_drafter_path, tmp_path / "wrong.gguf", key, old, new)
+    with pytest.raises(DFlashError, match=message) as error:
+        Engine(nano_path, wrong)
+    assert "wrong.gguf" in str(error.value)
+
+
+TARGET_PATCHES = [
+    ("minimax-m2.block_count", u32(6), u32(7), "blk.6"),
+    ("minimax-m2.block_count", u32(6), u32(5), "blk.5"),
+    ("minimax-m2.expert_count", u32(16), u32(15), "16.*15|15.*16"),
+    ("minimax-m2.expert_used_count", u32(4), u32(17), "expert_used_count"),
+    ("minimax-m2.attention.head_count", u32(4), u32(3), "head_count"),
+    ("minimax-m2.rope.dimension_count", u32(64), u32(63), "dimension_count"),
+    ("general.architecture", b"minimax-m2", b"minimax-m9", "minimax-m9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "message"), TARGET_PATCHES, ids=[f"{p[0]}={p[2]!r}" for p in TARGET_PATCHES]
+)
+def test_a_target_that_contradicts_itself(
+    key: str, old: bytes, new: bytes, message: str, nano_path: Path, tmp_path: Path
+) -> None:
+    wrong = patched(nano_path, tmp_path / "wrong.gguf", key, old, new)
+    with pytest.raises(DFlashError, match=message) as error:
+        Engine(wrong)
+    assert "wrong.gguf" in str(error.value)
+
+
+def test_a_drafter_of_another_target(gguf_path: Callable[[str], Path], nano_path: Path) -> None:
+    checkpoint_dir("mini-m2")
+    with pytest.raises(DFlashError, match="mini-m2-dflash"):
+        Engine(nano_path, gguf_path("mini-m2-dflash"))
+
+
+def test_a_tensor_that_is_missing_is_named(nano_path: Path, tmp_path: Path) -> None:
+    data = nano_path.read_bytes()
+    name = b"blk.2.attn_k.weight"
+    assert data.count(name) == 1
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(data.replace(name, b"blk.2.attn_X.weight"))
+    with pytest.raises(DFlashError, match=r"renamed\.gguf.*blk\.2\.attn_k\.weight"):
+        Engine(path)
+
+
+def test_a_missing_tensor_by_name(nano_path: Path) -> None:
+    with pytest.raises(DFlashError, match="nothing_here"):
+        _core.Gguf(str(nano_path)).tensor("nothing_here")
+
+
+def test_no_drafter(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("nano", drafter=False)
+    assert engine.block_size == 1
+    with pytest.raises(DFlashError, match="depth.*without a drafter.*3"):
+        engine.generate("a", depth=3)
+    with pytest.raises(DFlashError, match="taps.*drafter"):
+        engine.taps("a")
+    with pytest.raises(DFlashError, match="draft_logits.*drafter"):
+        engine.draft_logits("a", 1)
+
+
+def test_draft_logits_arguments(engine: Engine) -> None:
+    for n in (0, 16, 1.5, True):
+        with pytest.raises(DFlashError, match=r"n:.*1\.\.15"):
+            engine.draft_logits("a", 1, n)  # type: ignore[arg-type]
+    with pytest.raises(DFlashError, match="anchor.*1024"):
+        engine.draft_logits("a", 1024)
+    with pytest.raises(DFlashError, match="block_rows"):
+        engine.draft_logits("a", 1, 4, block_rows=3)
+
+
+def test_a_closed_engine(nano_path: Path) -> None:
+    engine = Engine(nano_path, n_ctx=64)
+    engine.close()
+    engine.close()
+    for use in (lambda: engine.generate("a"), lambda: engine.logits("a"), engine.reset, lambda: engine.n_ctx):
+        with pytest.raises(DFlashError, match="closed"):
+            use()
+
+
+def test_the_one_liner(nano_path: Path, nano_drafter_path: Path) -> None:
+    g = dflash_cpp.generate(nano_path, "import ", nano_drafter_path, n_ctx=64, max_tokens=4, depth=3)
+    assert len(g.tokens) == 4
+    with pytest.raises(DFlashError, match="unknown option 'n_ctxx'.*'n_ctx'"):
+        dflash_cpp.generate(nano_path, "import ", n_ctxx=64)
+
+
+def test_an_error_in_a_hook_comes_through(engine: Engine) -> None:
+    def hook(tokens: Any, row: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    expected = engine.generate("import ", max_tokens=5).tokens
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        engine.generate("import ", logits_hook=hook)
+    assert engine.generate("import ", max_tokens=5).tokens == expected
+
+
+def test_a_hook_that_calls_its_engine(engine: Engine) -> None:
+    with pytest.raises(DFlashError, match="hook"):
+        engine.generate("import ", logits_hook=lambda tokens, row: engine.reset())
+    assert engine.generate("import ", max_tokens=5).tokens
+
+
+def test_progress_of_loading(nano_path: Path, nano_drafter_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    Engine(nano_path, nano_drafter_path, n_ctx=64, progress=lambda *args: seen.append(args)).close()
+    assert len({stage for stage, _, _ in seen}) == 2
+    assert all(0 <= done <= total for _, done, total in seen)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(nano_path, n_ctx=64, progress=stop)

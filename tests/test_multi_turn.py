@@ -1,0 +1,91 @@
+"""Continuing equals starting over, and costs only the new tokens. Catches stale or misplaced cache entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Ids
+
+from dflash_cpp import Engine
+
+Make = Callable[..., Engine]
+
+
+@pytest.mark.parametrize("depth", [0, 15, "auto"])
+@pytest.mark.parametrize("precise", [False, True])
+def test_continuing_equals_starting_over(depth: Any, precise: bool, make_engine: Make, prompts: list[Ids]) -> None:
+    engine, options = make_engine("nano", precise=precise), {"max_tokens": 30, "depth": depth, "ignore_eos": True}
+    engine.reset()
+    text, answers = list(prompts[0]), []
+    for extra in (prompts[1][:20], prompts[2][:7], [5]):
+        g = engine.generate(text, **options)
+        answers.append((list(text), g.tokens))
+        # The last token's keys and values are computed when it is needed, and the last prompt token is run again.
+        text = text + g.tokens + extra
+        cached = engine.generate(text, **options).stats.cached_tokens
+        assert cached >= len(text) - len(extra) - 1
+    for prompt, tokens in answers:
+        engine.reset()
+        g = engine.generate(prompt, **options)
+        assert g.stats.cached_tokens == 0
+        assert g.tokens == tokens
+
+
+def test_a_changed_past_is_recomputed(engine: Engine, prompts: list[Ids]) -> None:
+    a = list(prompts[1][:60])
+    b = [*a[:40], (a[40] + 1) % 900, *a[41:]]
+    fresh = {}
+    for name, prompt in (("a", a), ("b", b)):
+        engine.reset()
+        fresh[name] = engine.generate(prompt, max_tokens=20, ignore_eos=True).tokens
+    engine.reset()
+    for name, prompt in (("a", a), ("b", b), ("a", a), ("b", b)):
+        g = engine.generate(prompt, max_tokens=20, ignore_eos=True)
+        assert g.tokens == fresh[name]
+    assert g.stats.cached_tokens == 40
+
+
+def test_the_same_prompt_again_costs_one_token(engine: Engine, prompts: list[Ids]) -> None:
+    first = engine.generate(prompts[1], max_tokens=10)
+    again = engine.generate(prompts[1], max_tokens=10)
+    assert again.tokens == first.tokens
+    assert again.stats.cached_tokens == len(prompts[1]) - 1
+
+
+def test_an_abandoned_stream_leaves_a_right_cache(engine: Engine, prompts: list[Ids]) -> None:
+    expected = engine.generate(prompts[3], max_tokens=40, ignore_eos=True).tokens
+    engine.reset()
+    for depth in (15, 0, 3):
+        with engine.stream(prompts[3], max_tokens=40, depth=depth, ignore_eos=True) as stream:
+            for _ in range(5):
+                next(stream)
+        assert stream.result.finish_reason == "cancelled"
+        assert stream.result.tokens == expected[: len(stream.result.tokens)]
+        assert engine.generate(prompts[3], max_tokens=40, ignore_eos=True).tokens == expected
+
+
+def test_numpy_access_leaves_a_right_cache(engine: Engine, prompts: list[Ids]) -> None:
+    expected = engine.generate(prompts[0], max_tokens=20, ignore_eos=True).tokens
+    for use in (
+        lambda: engine.logits(prompts[0]),
+        lambda: engine.taps(prompts[2]),
+        lambda: engine.draft_logits(prompts[0], expected[0]),
+        lambda: engine.session.rewind(3),
+    ):
+        use()
+        for depth in (15, 0):
+            assert engine.generate(prompts[0], max_tokens=20, depth=depth, ignore_eos=True).tokens == expected
+
+
+def test_chat_turns_reuse_the_cache(engine: Engine) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Write the Python module `queue`."}]
+    first = engine.chat(messages, max_tokens=24)
+    assert first.stats.cached_tokens == 0
+    assert first.message is not None
+    messages += [first.message, {"role": "user", "content": "Now add a class."}]
+    second = engine.chat(messages, max_tokens=24)
+    assert second.stats.cached_tokens >= first.stats.prompt_tokens - 2
+    engine.reset()
+    assert engine.chat(messages, max_tokens=24).tokens == second.tokens
