@@ -182,6 +182,68 @@ py::dict stats_dict(const Stats& s) {
   return d;
 }
 
+// ---- shapes of synthetic models, as dictionaries with the names of target_config / drafter_config
+
+int shape_int(const py::dict& d, const char* key, int min = 1) {
+  if (!d.contains(key)) fail("synthetic shape: '", key, "' is missing");
+  const int value = d[key].cast<int>();
+  if (value < min) fail("synthetic shape: '", key, "': ", min, " or more expected, found ", value);
+  return value;
+}
+
+double shape_float(const py::dict& d, const char* key, double fallback) {
+  return d.contains(key) ? d[key].cast<double>() : fallback;
+}
+
+DType dtype_named(const std::string& name) {
+  std::string known;
+  for (const DTypeInfo& info : kDTypes) {
+    if (name == info.name) return info.type;
+    known += std::string(known.empty() ? "" : ", ") + info.name;
+  }
+  fail("type: one of ", known, " expected, found '", name, "'");
+}
+
+TargetConfig target_shape(const py::dict& d) {
+  TargetConfig c;
+  c.path = "synthetic target";
+  c.n_layer = shape_int(d, "n_layer");
+  c.n_embd = shape_int(d, "n_embd", 32);
+  c.n_head = shape_int(d, "n_head");
+  c.n_head_kv = shape_int(d, "n_head_kv");
+  c.head_dim = shape_int(d, "head_dim", 32);
+  c.n_expert = shape_int(d, "n_expert");
+  c.n_expert_used = shape_int(d, "n_expert_used");
+  c.n_ff = shape_int(d, "n_ff", 32);
+  c.n_vocab = shape_int(d, "n_vocab", 2);
+  c.eps = static_cast<float>(shape_float(d, "rms_eps", 1e-6));
+  c.rope = make_rope(shape_int(d, "n_rot", 2), shape_float(d, "rope_theta", 5e6));
+  if (c.n_head % c.n_head_kv != 0 || c.n_expert_used > c.n_expert || c.rope.n_rot > c.head_dim) {
+    fail("synthetic shape: n_head a multiple of n_head_kv, n_expert_used <= n_expert and n_rot <= head_dim expected");
+  }
+  return c;
+}
+
+DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
+  DrafterConfig c;
+  c.path = "synthetic drafter";
+  c.n_layer = shape_int(d, "n_layer");
+  c.n_embd = target.n_embd;
+  c.n_head = shape_int(d, "n_head");
+  c.n_head_kv = shape_int(d, "n_head_kv");
+  c.head_dim = shape_int(d, "head_dim", 32);
+  c.n_ff = shape_int(d, "n_ff", 32);
+  c.block_size = shape_int(d, "block_size", 2);
+  c.mask_token_id = target.n_vocab - 1;
+  c.target_layers = d["target_layers"].cast<std::vector<int>>();
+  c.eps = target.eps;
+  c.rope = make_rope(c.head_dim, shape_float(d, "rope_theta", 5e6));
+  c.causal.assign(static_cast<size_t>(c.n_layer), false);
+  c.sliding_window.assign(static_cast<size_t>(c.n_layer), 0);
+  if (c.n_head % c.n_head_kv != 0) fail("synthetic shape: n_head a multiple of n_head_kv expected");
+  return c;
+}
+
 // A Python callable as the sampler's hook: the GIL is taken for the call, the row is writable in place.
 std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(const py::object& callable) {
   if (callable.is_none()) return nullptr;
@@ -251,7 +313,8 @@ void bind_gguf(py::module_& m) {
 void bind_model(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
       .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
-                       int n_threads, bool precise, const std::string& cpu_isa, bool repack, const py::object& progress) {
+                       int n_threads, bool precise, const std::string& cpu_isa, bool repack, const py::object& progress,
+                       int tap_shift, std::optional<int32_t> mask_token_id) {
              BackendOptions options;
              options.name = backend;
              options.n_threads = n_threads;
@@ -259,12 +322,32 @@ void bind_model(py::module_& m) {
              options.cpu_isa = cpu_isa;
              options.repack = repack;
              const Progress report = wrap_progress(progress);
+             const DrafterOverrides overrides{tap_shift, mask_token_id.value_or(-1)};
              py::gil_scoped_release release;
-             return Model::load(target, drafter.value_or(""), options, report);
+             return Model::load(target, drafter.value_or(""), options, report, overrides);
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,
-           py::arg("progress") = py::none())
+           py::arg("progress") = py::none(), py::arg("tap_shift") = 0, py::arg("mask_token_id") = py::none())
+      .def_static(
+          "synthetic",
+          [](const py::dict& target, const py::object& drafter, const std::string& matrices, const std::string& head,
+             const std::string& drafter_matrices, const std::string& backend, int n_threads, const std::string& cpu_isa,
+             uint64_t seed) {
+            BackendOptions options;
+            options.name = backend;
+            options.n_threads = n_threads;
+            options.cpu_isa = cpu_isa;
+            const SyntheticTypes types{dtype_named(matrices), dtype_named(head), dtype_named(drafter_matrices)};
+            const TargetConfig shape = target_shape(target);
+            std::optional<DrafterConfig> drafter_config;
+            if (!drafter.is_none()) drafter_config = drafter_shape(drafter.cast<py::dict>(), shape);
+            py::gil_scoped_release release;
+            return Model::synthetic(shape, drafter_config ? &*drafter_config : nullptr, types, options, seed);
+          },
+          py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("matrices") = "Q4_0",
+          py::arg("head") = "Q8_0", py::arg("drafter_matrices") = "Q8_0", py::arg("backend") = "auto",
+          py::arg("n_threads") = 0, py::arg("cpu_isa") = "auto", py::arg("seed") = 1)
       .def_property_readonly("target_config", [](const Model& model) { return target_dict(*model.target); })
       .def_property_readonly("drafter_config",
                              [](const Model& model) -> py::object {
@@ -338,17 +421,19 @@ void bind_session(py::module_& m) {
       .def(
           "begin",
           [](Session& s, const py::object& tokens, const PySampling& sampling, int max_tokens, int depth,
-             const std::vector<int32_t>& eos_ids, bool lookup) {
+             const std::vector<int32_t>& eos_ids, bool lookup, const std::vector<double>& simulate_accept) {
             GenerateParams params;
             params.sampling = sampling;
             params.max_tokens = max_tokens;
             params.depth = depth;
             params.eos_ids = eos_ids;
             params.lookup = lookup;
+            params.simulate_accept = simulate_accept;
             return s.begin(to_tokens(tokens), params);
           },
           py::arg("tokens"), py::arg("sampling"), py::kw_only(), py::arg("max_tokens"), py::arg("depth") = -1,
-          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true)
+          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true,
+          py::arg("simulate_accept") = py::tuple())
       .def("prefill",
            [](Session& s) {
              int done = 0;

@@ -38,7 +38,7 @@ class Golden:
 
 
 def checkpoint_dir(name: str) -> Path:
-    """A checkpoint folder by name: embedded in the package, else in ../shared; skips the test where it is in neither."""
+    """A checkpoint folder: embedded in the package, else in ../shared; skips the test where it is in neither."""
     for base in (demo.embedded_model_dir(), SHARED / "models"):
         if (base / name / "config.json").is_file():
             return base / name

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import checkpoint_dir
 
 import dflash_cpp
+from conftest import checkpoint_dir
 from dflash_cpp import CapacityError, DFlashError, Engine, _core
 
 BAD_OPTIONS = [
@@ -82,9 +82,9 @@ def test_prompts(prompt: Any, message: str, engine: Engine) -> None:
 
 
 def test_a_prompt_longer_than_the_context(engine: Engine) -> None:
-    with pytest.raises(CapacityError, match="prompt.*n_ctx = 1024.*1025"):
+    with pytest.raises(CapacityError, match=r"prompt.*n_ctx = 1024.*1025"):
         engine.generate([5] * 1025)
-    with pytest.raises(CapacityError, match="tokens.*n_ctx = 1024.*1025"):
+    with pytest.raises(CapacityError, match=r"tokens.*n_ctx = 1024.*1025"):
         engine.logits([5] * 1025)
     assert engine.generate([5] * 1024).finish_reason == "context"
 
@@ -124,11 +124,11 @@ def test_more_context_than_memory(nano_path: Path) -> None:
 def test_files_that_are_not_there(nano_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DFlashError, match=r"target.*nothing\.gguf.*found nothing"):
         Engine(tmp_path / "nothing.gguf")
-    with pytest.raises(DFlashError, match="target.*folder.*convert"):
+    with pytest.raises(DFlashError, match=r"target.*folder.*convert"):
         Engine(tmp_path)
     with pytest.raises(DFlashError, match=r"drafter.*no\.gguf"):
         Engine(nano_path, tmp_path / "no.gguf")
-    with pytest.raises(DFlashError, match="target.*path"):
+    with pytest.raises(DFlashError, match=r"target.*path"):
         Engine(3)  # type: ignore[arg-type]
 
 
@@ -153,9 +153,9 @@ def test_a_truncated_file(nano_path: Path, tmp_path: Path) -> None:
 
 
 def test_swapped_roles(nano_path: Path, nano_drafter_path: Path) -> None:
-    with pytest.raises(DFlashError, match="minimax-m2.*dflash|tokenizer"):
+    with pytest.raises(DFlashError, match=r"minimax-m2.*dflash|tokenizer"):
         Engine(nano_drafter_path)
-    with pytest.raises(DFlashError, match="dflash.*minimax-m2"):
+    with pytest.raises(DFlashError, match=r"dflash.*minimax-m2"):
         Engine(nano_path, nano_path)
 
 
@@ -240,11 +240,11 @@ def test_a_missing_tensor_by_name(nano_path: Path) -> None:
 def test_no_drafter(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine("nano", drafter=False)
     assert engine.block_size == 1
-    with pytest.raises(DFlashError, match="depth.*without a drafter.*3"):
+    with pytest.raises(DFlashError, match=r"depth.*without a drafter.*3"):
         engine.generate("a", depth=3)
-    with pytest.raises(DFlashError, match="taps.*drafter"):
+    with pytest.raises(DFlashError, match=r"taps.*drafter"):
         engine.taps("a")
-    with pytest.raises(DFlashError, match="draft_logits.*drafter"):
+    with pytest.raises(DFlashError, match=r"draft_logits.*drafter"):
         engine.draft_logits("a", 1)
 
 
@@ -252,7 +252,7 @@ def test_draft_logits_arguments(engine: Engine) -> None:
     for n in (0, 16, 1.5, True):
         with pytest.raises(DFlashError, match=r"n:.*1\.\.15"):
             engine.draft_logits("a", 1, n)  # type: ignore[arg-type]
-    with pytest.raises(DFlashError, match="anchor.*1024"):
+    with pytest.raises(DFlashError, match=r"anchor.*1024"):
         engine.draft_logits("a", 1024)
     with pytest.raises(DFlashError, match="block_rows"):
         engine.draft_logits("a", 1, 4, block_rows=3)
@@ -270,7 +270,7 @@ def test_a_closed_engine(nano_path: Path) -> None:
 def test_the_one_liner(nano_path: Path, nano_drafter_path: Path) -> None:
     g = dflash_cpp.generate(nano_path, "import ", nano_drafter_path, n_ctx=64, max_tokens=4, depth=3)
     assert len(g.tokens) == 4
-    with pytest.raises(DFlashError, match="unknown option 'n_ctxx'.*'n_ctx'"):
+    with pytest.raises(DFlashError, match=r"unknown option 'n_ctxx'.*'n_ctx'"):
         dflash_cpp.generate(nano_path, "import ", n_ctxx=64)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import PAIRS, SHARED, golden_of
 
+from conftest import PAIRS, SHARED, golden_of
 from dflash_cpp import Engine
 
 NMSE_LIMIT = 1e-3

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import PAIRS, golden_of, relative_error
 
+from conftest import PAIRS, golden_of, relative_error
 from dflash_cpp import Engine
 
 TOLERANCE = 1e-4

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Ids, assert_same, isas, record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import Ids, assert_same, isas, record
 from dflash_cpp import Engine
 
 Make = Callable[..., Engine]
@@ -70,9 +70,7 @@ def test_prompts_across_chunk_borders(length: int, make_engine: Make) -> None:
     check(make_engine("nano", n_batch=16), random_prompt(length, seed=length), [1, 7, 15], max_tokens=24)
 
 
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.lists(st.integers(0, 1023), min_size=1, max_size=70),
     depth=st.one_of(st.integers(1, 15), st.just("auto")),

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Ids
 
+from conftest import Ids
 from dflash_cpp import Engine
 
 Make = Callable[..., Engine]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ids
 
+from conftest import Ids
 from dflash_cpp import Engine, Generation, _core
 
 N_DRAWS = 1500

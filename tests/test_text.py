@@ -8,10 +8,10 @@ from typing import Any
 
 import gguf
 import pytest
-from conftest import Ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Ids
 from dflash_cpp import DFlashError, Engine, _core
 from dflash_cpp.demo import embedded_model_dir
 from dflash_cpp.stops import StopMatcher

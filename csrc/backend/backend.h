@@ -191,6 +191,14 @@ class Backend {
   // out[r] for each row of logits [rows, n]; out is host memory (this call waits for the result).
   virtual void top1(const float* logits, int rows, int64_t n, Top1* out) = 0;
 
+  // ---- steps that repeat --------------------------------------------------------------------------------------
+  // For one key, the ops between begin_step and end_step are the same calls with the same pointers and rows every time;
+  // only step.pos0 and the contents of memory differ, and no call among them waits (upload, download, top1, alloc). A
+  // backend may record them once and replay: begin_step then returns true, everything is queued already, and the caller
+  // skips the ops and end_step.
+  virtual bool begin_step(uint64_t /*key*/, Step /*step*/) { return false; }
+  virtual void end_step() {}
+
   // ---- observation --------------------------------------------------------------------------------------------
   // Distinct experts read by the last moe() call of each layer since the last reset, summed, and the calls.
   struct ExpertCount {

@@ -36,18 +36,37 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
 }
 
 std::shared_ptr<Model> Model::load(const std::string& target_path, const std::string& drafter_path,
-                                   const BackendOptions& options, const Progress& progress) {
+                                   const BackendOptions& options, const Progress& progress,
+                                   const DrafterOverrides& overrides) {
   // Both directories are read and compared before any weight is loaded.
   const std::shared_ptr<const Gguf> target = Gguf::open(target_path);
   const std::shared_ptr<const Gguf> drafter = drafter_path.empty() ? nullptr : Gguf::open(drafter_path);
   const TargetConfig target_config = read_target_config(*target);
-  if (drafter) check_pair(target_config, read_drafter_config(*drafter));
+  DrafterConfig drafter_config;
+  if (drafter) {
+    drafter_config = read_drafter_config(*drafter);
+    for (int& layer : drafter_config.target_layers) layer += overrides.tap_shift;
+    if (overrides.mask_token_id >= 0) drafter_config.mask_token_id = overrides.mask_token_id;
+    check_pair(target_config, drafter_config);
+  }
 
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
   m->precise = options.precise;
   m->target = MiniMaxM2::load(target, *m->backend, progress);
-  if (drafter) m->drafter = DFlashDrafter::load(drafter, *m->target, *m->backend, progress);
+  if (drafter) m->drafter = DFlashDrafter::load(drafter, drafter_config, *m->target, *m->backend, progress);
+  return m;
+}
+
+std::shared_ptr<Model> Model::synthetic(const TargetConfig& target, const DrafterConfig* drafter,
+                                        const SyntheticTypes& types, const BackendOptions& options, uint64_t seed) {
+  auto m = std::make_shared<Model>();
+  m->backend = make_backend(options);
+  m->target = MiniMaxM2::random(target, types.matrices, types.head, *m->backend, seed);
+  if (drafter != nullptr) {
+    check_pair(target, *drafter);
+    m->drafter = DFlashDrafter::random(*drafter, *m->target, types.drafter, *m->backend, seed + 1000003);
+  }
   return m;
 }
 

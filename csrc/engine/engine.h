@@ -11,6 +11,19 @@
 
 namespace dflash {
 
+// Replaces what the drafter's file says; selftest tries the neighbours of the truth with it.
+struct DrafterOverrides {
+  int tap_shift = 0;           // added to every entry of target_layers
+  int32_t mask_token_id = -1;  // -1: the file's
+};
+
+// Random weights of these types, for measuring shapes without files.
+struct SyntheticTypes {
+  DType matrices = DType::Q4_0;
+  DType head = DType::Q8_0;  // and embedding
+  DType drafter = DType::Q8_0;
+};
+
 struct Model {
   std::unique_ptr<Backend> backend;
   std::unique_ptr<MiniMaxM2> target;
@@ -19,7 +32,11 @@ struct Model {
 
   // drafter_path may be empty. Throws Error naming the file and what is wrong.
   static std::shared_ptr<Model> load(const std::string& target_path, const std::string& drafter_path,
-                                     const BackendOptions& options, const Progress& progress);
+                                     const BackendOptions& options, const Progress& progress,
+                                     const DrafterOverrides& overrides = {});
+  // drafter may be null.
+  static std::shared_ptr<Model> synthetic(const TargetConfig& target, const DrafterConfig* drafter,
+                                          const SyntheticTypes& types, const BackendOptions& options, uint64_t seed);
 
   int block_size() const { return drafter ? drafter->config().block_size : kLookupBlock; }
   static constexpr int kLookupBlock = 16;  // anchor + drafts when only prompt lookup proposes

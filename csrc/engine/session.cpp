@@ -54,6 +54,12 @@ constexpr int kPendingTaps = 32;  // committed tokens whose taps may wait, so th
 
 }  // namespace
 
+double GenerateParams::simulated_chance(size_t i) const {
+  const size_t last = std::min(i, simulate_accept.size() - 1);
+  const double before = last == 0 ? 1.0 : simulate_accept[last - 1];
+  return before > 0.0 ? simulate_accept[last] / before : 0.0;
+}
+
 Session::Session(std::shared_ptr<Model> model, const SessionOptions& options)
     : model_(std::move(model)),
       options_(checked(options)),
@@ -136,6 +142,13 @@ int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& par
     fail("depth: 'auto' or 0 to ", deepest, " (the drafter's block size less one) expected, found ", params.depth);
   }
   if (params.depth > 0 && !model_->drafter) fail("depth: ", params.depth, " drafts need a drafter; none was loaded");
+  double before = 1.0;
+  for (const double chance : params.simulate_accept) {
+    if (!(chance >= 0.0 && chance <= before)) {
+      fail("simulate_accept: cumulative chances expected (1 >= first >= second ...), found ", chance, " after ", before);
+    }
+    before = chance;
+  }
   sync(tokens, tokens.size() - 1);  // the last token is run again: its logits are needed
   params_ = params;
   sampler_ = Sampler(params.sampling);
@@ -221,7 +234,10 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   backend_.top1(logits_buffer_.as<float>(), n, model_->target->config().n_vocab, top.data());
   out.source = DraftSource::dflash;
   out.proposed = n;
-  for (const Top1& t : top) out.confidence.push_back(t.prob);
+  for (size_t i = 0; i < top.size(); ++i) {
+    out.confidence.push_back(params_.simulate_accept.empty() ? top[i].prob
+                                                             : static_cast<float>(params_.simulated_chance(i)));
+  }
   const int keep = params_.depth >= 0 ? n : std::min(room, policy_.verify_depth(out.confidence));
   for (int i = 0; i < keep; ++i) out.tokens.push_back(top[static_cast<size_t>(i)].id);
   if (keep < n) out.beyond = top[static_cast<size_t>(keep)].id;
@@ -248,6 +264,15 @@ Session::Drafts Session::propose(int room) {
   return out;
 }
 
+// The target's token of row i when acceptance is imposed: the draft, or something else.
+int32_t Session::simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const {
+  const size_t slot = static_cast<size_t>(i);
+  if (params_.simulate_accept.empty() || slot >= drafts.size()) return own;
+  const double u = uniform_at(params_.sampling.seed + 0x51f15eu, tokens_.size() + slot);
+  if (u < params_.simulated_chance(slot)) return drafts[slot];
+  return own != drafts[slot] ? own : (own + 1) % model_->target->config().n_vocab;
+}
+
 Accepted Session::verify(const Drafts& drafts) {
   const int rows = static_cast<int>(drafts.tokens.size()) + 1;
   const int64_t n_vocab = model_->target->config().n_vocab;
@@ -265,7 +290,8 @@ Accepted Session::verify(const Drafts& drafts) {
     std::vector<Top1> top(static_cast<size_t>(rows));
     backend_.top1(logits, rows, n_vocab, top.data());
     verify_seconds = watch.seconds();
-    accepted = accept_matching(drafts.tokens, [&](int i) { return top[static_cast<size_t>(i)].id; }, stop);
+    accepted = accept_matching(
+        drafts.tokens, [&](int i) { return simulate(top[static_cast<size_t>(i)].id, drafts.tokens, i); }, stop);
   } else {
     host_logits_.resize(static_cast<size_t>(rows) * static_cast<size_t>(n_vocab));
     backend_.download(host_logits_.data(), logits, host_logits_.size() * sizeof(float));
@@ -275,7 +301,8 @@ Accepted Session::verify(const Drafts& drafts) {
         drafts.tokens,
         [&](int i) {
           if (i > 0) history.push_back(drafts.tokens[static_cast<size_t>(i) - 1]);
-          return sampler_.sample(host_logits_.data() + static_cast<int64_t>(i) * n_vocab, n_vocab, history);
+          const float* row = host_logits_.data() + static_cast<int64_t>(i) * n_vocab;
+          return simulate(sampler_.sample(row, n_vocab, history), drafts.tokens, i);
         },
         stop);
   }

@@ -28,6 +28,12 @@ struct GenerateParams {
   int depth = -1;                 // -1: the policy decides; 0..block_size-1: fixed, drafter only
   std::vector<int32_t> eos_ids;
   bool lookup = true;             // let prompt lookup propose (depth -1 only)
+  // Benchmarks of synthetic models: the chance that drafts 1..i+1 all stand. Drafts then stand by (seeded) chance,
+  // whatever the target says, and the drafter's confidences are replaced by these chances. Empty: off.
+  std::vector<double> simulate_accept;
+
+  // Chance that draft i (from 0) stands given those before it; past the list, the last one holds on.
+  double simulated_chance(size_t i) const;
 };
 
 struct StepResult {
@@ -86,6 +92,7 @@ class Session {
   Drafts draft_dflash(int n, int room);
   Accepted verify(const Drafts& drafts);
   void account(const Drafts& drafts, const Accepted& accepted, double verify_seconds);
+  int32_t simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const;
   bool is_eos(int32_t token) const;
   const char* stop_reason() const;
   int n_taps() const;

@@ -63,15 +63,11 @@ void apply_yarn(RopeConfig& rope, double factor, double n_ctx_orig, double beta_
 }
 
 RopeConfig read_rope(const Gguf& gguf, const ArchKeys& keys, int head_dim) {
-  RopeConfig rope;
-  rope.n_rot = keys.get_or("rope.dimension_count", head_dim, 2, head_dim);
-  if (rope.n_rot % 2 != 0) {
-    fail(gguf.path(), ": key '", keys.name("rope.dimension_count"), "': an even number expected, found ", rope.n_rot);
+  const int n_rot = keys.get_or("rope.dimension_count", head_dim, 2, head_dim);
+  if (n_rot % 2 != 0) {
+    fail(gguf.path(), ": key '", keys.name("rope.dimension_count"), "': an even number expected, found ", n_rot);
   }
-  rope.theta = keys.positive("rope.freq_base", 10000.0);
-  for (int i = 0; i < rope.n_rot / 2; ++i) {
-    rope.inv_freq.push_back(static_cast<float>(std::pow(rope.theta, -2.0 * i / rope.n_rot)));
-  }
+  RopeConfig rope = make_rope(n_rot, keys.positive("rope.freq_base", 10000.0));
   if (!keys.has("rope.scaling.type")) return rope;
   const std::string type = gguf.get_string(keys.name("rope.scaling.type"));
   if (type == "none") return rope;
@@ -101,6 +97,16 @@ void check_heads(const std::string& path, int n_head, int n_head_kv, int head_di
 }
 
 }  // namespace
+
+RopeConfig make_rope(int n_rot, double theta) {
+  RopeConfig rope;
+  rope.n_rot = n_rot;
+  rope.theta = theta;
+  for (int i = 0; i < n_rot / 2; ++i) {
+    rope.inv_freq.push_back(static_cast<float>(std::pow(theta, -2.0 * i / n_rot)));
+  }
+  return rope;
+}
 
 TargetConfig read_target_config(const Gguf& gguf) {
   expect_arch(gguf, "minimax-m2", "target", "dflash");

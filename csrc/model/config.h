@@ -53,6 +53,9 @@ struct DrafterConfig {
   RopeConfig rope;
 };
 
+// Plain RoPE: inv_freq[i] = theta^(-2 i / n_rot).
+RopeConfig make_rope(int n_rot, double theta);
+
 // Throw Error naming the file, the key, what was expected and what was found.
 TargetConfig read_target_config(const Gguf& gguf);
 DrafterConfig read_drafter_config(const Gguf& gguf);

@@ -21,11 +21,11 @@ DFlashDrafter::Scratch::Scratch(Backend& backend, const DrafterConfig& c, int ro
   tokens = token_memory.as<int32_t>();
 }
 
-std::unique_ptr<DFlashDrafter> DFlashDrafter::load(std::shared_ptr<const Gguf> gguf, const MiniMaxM2& target,
-                                                   Backend& backend, const Progress& progress) {
+std::unique_ptr<DFlashDrafter> DFlashDrafter::load(std::shared_ptr<const Gguf> gguf, const DrafterConfig& config,
+                                                   const MiniMaxM2& target, Backend& backend,
+                                                   const Progress& progress) {
   auto d = std::make_unique<DFlashDrafter>();
-  const DrafterConfig& c = d->config_ = read_drafter_config(*gguf);
-  check_pair(target.config(), c);
+  const DrafterConfig& c = d->config_ = config;
   d->target_ = &target;
   WeightLoader w(std::move(gguf), backend, "drafter", progress);
   const int64_t q_dim = c.n_head * c.head_dim, kv_dim = c.n_head_kv * c.head_dim;
@@ -58,7 +58,6 @@ std::unique_ptr<DFlashDrafter> DFlashDrafter::random(const DrafterConfig& config
                                                      DType matrices, Backend& backend, uint64_t seed) {
   auto d = std::make_unique<DFlashDrafter>();
   const DrafterConfig& c = d->config_ = config;
-  check_pair(target.config(), c);
   d->target_ = &target;
   auto matrix = [&](int64_t n_in, int64_t n_out) { return backend.random_weight(matrices, n_in, n_out, 1, ++seed); };
   auto ones = [&](int n) { return upload_f32(backend, std::vector<float>(static_cast<size_t>(n), 1.0f)); };

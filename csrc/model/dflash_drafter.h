@@ -37,9 +37,9 @@ class DFlashDrafter {
     int32_t* tokens;  // [block_size]
   };
 
-  // target must outlive the drafter. Throws when the two do not fit each other.
-  static std::unique_ptr<DFlashDrafter> load(std::shared_ptr<const Gguf> gguf, const MiniMaxM2& target,
-                                             Backend& backend, const Progress& progress);
+  // config fits the target (check_pair). target must outlive the drafter.
+  static std::unique_ptr<DFlashDrafter> load(std::shared_ptr<const Gguf> gguf, const DrafterConfig& config,
+                                             const MiniMaxM2& target, Backend& backend, const Progress& progress);
   static std::unique_ptr<DFlashDrafter> random(const DrafterConfig& config, const MiniMaxM2& target, DType matrices,
                                                Backend& backend, uint64_t seed);
 

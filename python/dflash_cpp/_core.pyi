@@ -63,8 +63,27 @@ class Model:
         cpu_isa: str = "auto",
         repack: bool = True,
         progress: Callable[[str, int, int], None] | None = None,
+        tap_shift: int = 0,
+        mask_token_id: int | None = None,
     ) -> None:
-        """progress(stage, done_bytes, total_bytes) is called while weights are loaded."""
+        """progress(stage, done_bytes, total_bytes) is called while weights are loaded. tap_shift and mask_token_id
+        override the drafter's metadata (selftest tries the neighbours with them)."""
+    @staticmethod
+    def synthetic(
+        target: dict[str, int | float],
+        drafter: dict[str, Any] | None = None,
+        *,
+        matrices: str = "Q4_0",
+        head: str = "Q8_0",
+        drafter_matrices: str = "Q8_0",
+        backend: str = "auto",
+        n_threads: int = 0,
+        cpu_isa: str = "auto",
+        seed: int = 1,
+    ) -> Model:
+        """A model of any shape with random weights, made in backend memory. target: n_layer, n_embd, n_head,
+        n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab (optional rope_theta, rms_eps);
+        drafter: n_layer, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers (optional rope_theta)."""
     @property
     def target_config(self) -> dict[str, Any]:
         """n_layer, n_embd, n_head, n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab, rope_theta,
@@ -141,9 +160,11 @@ class Session:
         depth: int = -1,
         eos_ids: Sequence[int] = (),
         lookup: bool = True,
+        simulate_accept: Sequence[float] = (),
     ) -> int:
         """Starts a generation: keeps the common prefix of the caches and returns its length. depth: -1 auto,
-        0..block_size-1 fixed. Raises DFlashError (empty prompt, token out of range), CapacityError (too long)."""
+        0..block_size-1 fixed. simulate_accept[i]: impose acceptance, the chance that drafts 1..i+1 all stand
+        (benchmarks of synthetic models; the drafter's confidences are replaced to match). Raises DFlashError (empty prompt, token out of range), CapacityError (too long)."""
     def prefill(self) -> tuple[int, int]:
         """Runs one chunk of the prompt; (done, total). Call until done == total."""
     def step(self) -> StepResult:

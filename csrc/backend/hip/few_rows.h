@@ -18,7 +18,8 @@ using Partial = float[kSegments][Rows][kTile];
 template <typename F, int R, typename RowOf>
 __device__ inline void dot_segment(const TileView<F>& tile, int g0, int g1, const QuantRows& x, RowOf row_of,
                                    float (&acc)[R]) {
-  constexpr int kAhead = R == 1 ? 4 : 2;  // groups of weights in flight; more rows need more scalar registers
+  // Groups of weights in flight; every row needs scalar registers for its activations.
+  constexpr int kAhead = R == 1 ? 4 : F::kQuantBytes == 512 ? 2 : 1;
   const int lane = gpu::lane();
   const int groups = static_cast<int>(x.n / 32);
   int64_t at[R];  // first group of each row
