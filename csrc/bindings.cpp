@@ -544,8 +544,9 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled engine of dflash_cpp.";
   m.attr("__version__") = DFLASH_VERSION;
 
-  static py::exception<Error> error(m, "DFlashError", PyExc_ValueError);
-  static py::exception<CapacityError> capacity(m, "CapacityError", error.ptr());
+  // Translators run last registered first: the derived class after its base.
+  const auto& error = py::register_exception<Error>(m, "DFlashError", PyExc_ValueError);
+  py::register_exception<CapacityError>(m, "CapacityError", error.ptr());
 
   bind_gguf(m);
   bind_model(m);

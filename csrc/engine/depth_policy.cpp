@@ -2,52 +2,73 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace dflash {
 
 // ---- CostTable --------------------------------------------------------------------------------------------------
 
+namespace {
+
+constexpr size_t kRecent = 12;       // measurements kept of each index
+constexpr double kClamp = 1.25;      // one measurement moves the scale as if it were at most this far off
+constexpr double kFollow = 0.1;      // share of a surprise that goes to the scale
+constexpr double kLineWeight = 1.5;  // of the line, against an index' own measurements
+constexpr double kFirstClamp = 1.5;  // an index measured less than kTrusted times is at most this far above the line
+constexpr size_t kTrusted = 3;
+constexpr double kPriorWeightOfSlope = 0.02;  // the prior's slope, against measured ones
+constexpr double kHope = 0.25;       // benefit of the doubt of an index never measured
+
+}  // namespace
+
 CostTable::CostTable(std::vector<double> prior)
-    : prior_(std::move(prior)), recent_(prior_.size()), median_(prior_.size(), 0.0) {}
+    : prior_(std::move(prior)), recent_(prior_.size()), own_(prior_.size(), 0.0) {}
 
 void CostTable::observe(size_t index, double seconds) {
-  constexpr size_t kRecent = 5;
-  constexpr double kClamp = 1.25, kFollow = 0.1;
   if (!(seconds > 0.0)) return;
-  if (!any_) {
-    scale_ = seconds / prior_[index];
-    any_ = true;
-  } else if (seen(index)) {
+  if (!any()) {
+    scale_ = seconds;
+  } else if (count(index) > 0) {
     const double surprise = std::clamp(seconds / at(index), 1.0 / kClamp, kClamp);
     scale_ *= std::pow(surprise, kFollow);
   }
+  if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
   std::deque<double>& recent = recent_[index];
   recent.push_back(seconds / scale_);
   if (recent.size() > kRecent) recent.pop_front();
+  // The faster half: delays are one-sided.
   std::vector<double> sorted(recent.begin(), recent.end());
   std::sort(sorted.begin(), sorted.end());
-  median_[index] = sorted[(sorted.size() - 1) / 2];  // the lower one: delays are one-sided
+  const size_t half = (sorted.size() + 1) / 2;
+  own_[index] = std::accumulate(sorted.begin(), sorted.begin() + static_cast<long>(half), 0.0) / static_cast<double>(half);
+  fit();
 }
 
-double CostTable::ratio(size_t index) const { return median_[index] / prior_[index]; }
-
-double CostTable::at(size_t index) const {
-  if (!any_) return prior_[index];
-  if (seen(index)) return scale_ * median_[index];
-  // Unseen: the prior's shape, scaled like the seen neighbours (linearly between two, flat beyond the ends).
-  size_t below = index, above = index;
-  while (below > 0 && !seen(below)) --below;
-  while (above + 1 < prior_.size() && !seen(above)) ++above;
-  double r = 1.0;
-  if (seen(below) && seen(above)) {
-    const double t = static_cast<double>(index - below) / static_cast<double>(above - below);
-    r = ratio(below) * (1.0 - t) + ratio(above) * t;
-  } else if (seen(below)) {
-    r = ratio(below);
-  } else if (seen(above)) {
-    r = ratio(above);
+// cost = a + b x by least squares of relative errors, x how much more than index 0 the prior has.
+void CostTable::fit() {
+  double w = 0.0, wx = 0.0, wxx = 0.0, wy = 0.0, wxy = 0.0;
+  for (size_t i = 0; i < prior_.size(); ++i) {
+    if (count(i) == 0) continue;
+    const double x = prior_[i] / prior_[0] - 1.0, y = own_[i];
+    const double weight = static_cast<double>(count(i)) * (prior_[0] / prior_[i]) * (prior_[0] / prior_[i]);
+    w += weight, wx += weight * x, wxx += weight * x * x, wy += weight * y, wxy += weight * x * y;
   }
-  return scale_ * prior_[index] * r;
+  // The prior says b = a: minimise further kPriorWeightOfSlope * (b - a)^2.
+  const double k = kPriorWeightOfSlope;
+  const double m00 = w + k, m01 = wx - k, m11 = wxx + k;
+  const double determinant = m00 * m11 - m01 * m01;
+  double a = (wy * m11 - wxy * m01) / determinant, b = (m00 * wxy - m01 * wy) / determinant;
+  if (b < 0.0) a = wy / w, b = 0.0;                       // more rows are never taken to be cheaper
+  if (a <= 0.0) b = (wy + wxy) / (w + 2.0 * wx + wxx), a = b;  // nor one row to be free: the prior's shape
+  cost_.emplace(prior_.size());
+  for (size_t i = 0; i < prior_.size(); ++i) {
+    const double line = a + b * (prior_[i] / prior_[0] - 1.0), n = static_cast<double>(count(i));
+    (*cost_)[i] = (n * own_[i] + kLineWeight * line) / (n + kLineWeight);
+  }
+}
+
+double CostTable::hopeful(size_t index) const {
+  return at(index) * (1.0 - kHope / (1.0 + static_cast<double>(count(index))));
 }
 
 // ---- Calibration ------------------------------------------------------------------------------------------------
@@ -108,9 +129,13 @@ std::vector<double> draft_prior(int max_depth, double draft) {
   return prior;
 }
 
+constexpr size_t kStale = 3;           // drafted rounds remembered through a wait
 constexpr double kReplayFade = 0.85;   // weight of a drafted round against the next newer one
-constexpr double kMargin = 1.005;      // drafting must promise this much over plain decoding
+constexpr double kMargin = 1.01;       // drafting must promise this much over plain decoding
+constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
+constexpr double kLongestWait = 96;    // and between probes that show nothing
+constexpr double kProbeShare = 0.0075; // of the time, that probes may cost
 
 }  // namespace
 
@@ -126,27 +151,28 @@ int DepthPolicy::lookup_bucket(int match) {
   return match < 4 ? 0 : match < 6 ? 1 : match < 10 ? 2 : match < 20 ? 3 : 4;
 }
 
-// A probe costs about one drafter run: spread it so thin that it stays below half a per cent of the time.
+// A probe costs a drafter run and a second row: spread so thin that it stays a small part of the time.
 int DepthPolicy::longest_wait() const {
-  const double share = draft_cost(1) / verify_cost(1) / 0.005;
-  return static_cast<int>(std::clamp(share, 24.0, 96.0));
+  const double rounds = (draft_cost(1) + verify_cost(2) - verify_cost(1)) / verify_cost(1) / kProbeShare;
+  return static_cast<int>(std::clamp(rounds, static_cast<double>(kShortWait), kLongestWait));
 }
 
 // Replays the last drafted rounds for every n at once: with m slots known, those beyond m get the slot's average.
-DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) const {
+DepthPolicy::Choice DepthPolicy::best_draft(int max_depth, size_t rounds) const {
   Choice best{0, 1.0 / verify_cost(1)};
   const double price = std::max(rate_, best.rate);
   std::vector<double> tokens(static_cast<size_t>(max_depth) + 1, 0.0), seconds(tokens.size(), 0.0);
   std::vector<double> average;
   for (int i = 0; i < max_depth; ++i) average.push_back(calibration_.average(i));
   double weight = 1.0, weights = 0.0;
-  for (const std::vector<float>& confidence : replay_) {
+  for (size_t r = 0; r < std::min(rounds, replay_.size()); ++r) {
+    const std::vector<float>& confidence = replay_[r];
     double reach = 1.0, expected = 1.0, best_tokens = 1.0, best_seconds = verify_cost(1);
     for (int n = 1; n <= max_depth; ++n) {
       const size_t i = static_cast<size_t>(n) - 1;
       reach *= i < confidence.size() ? calibration_.acceptance(n - 1, confidence[i]) : average[i];
       expected += reach * bias_;
-      const double cost = verify_cost(n + 1);
+      const double cost = verify_.hopeful(i + 1);
       if (expected - price * cost > best_tokens - price * best_seconds) {
         best_tokens = expected;
         best_seconds = cost;
@@ -181,10 +207,10 @@ DepthPolicy::Choice DepthPolicy::best_lookup(int match, int tokens) const {
 
 DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, int lookup_tokens) {
   max_depth = std::min(max_depth, max_depth_);
-  if (max_depth < 1 || !verify_.seen(0)) return {};  // the first round measures plain decoding
+  if (max_depth < 1 || verify_.count(0) < kWarmUp) return {};
   const double plain = 1.0 / verify_cost(1);
   Choice draft;
-  if (has_drafter && !replay_.empty()) draft = best_draft(max_depth);
+  if (has_drafter && !replay_.empty()) draft = best_draft(max_depth, replay_.size());
   Choice lookup;
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
   rate_ = std::max({plain, draft.rate, lookup.rate});
@@ -209,12 +235,12 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1));
-  int depth = 0;
+  int depth = parked_ ? 1 : 0;  // a probe looks at an outcome at least
   double reach = 1.0, expected = 1.0, best = 1.0 - price * verify_cost(1);
   for (int n = 1; n <= static_cast<int>(confidence.size()) && n <= max_depth_; ++n) {
     reach *= calibration_.acceptance(n - 1, confidence[static_cast<size_t>(n) - 1]);
     expected += reach * bias_;
-    const double value = expected - price * verify_cost(n + 1);
+    const double value = expected - price * verify_.hopeful(static_cast<size_t>(n));
     if (value > best) {
       best = value;
       depth = n;
@@ -256,11 +282,13 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   replay_.push_front(o.confidence);
   if (replay_.size() > kReplay) replay_.pop_back();
   if (parked_) {
-    // Did this one round earn its drafter run? Then look again at once; otherwise wait twice as long.
+    // A probe that earned its time, or looks as if drafting would, is followed by another one at once.
     const double earned = o.accepted * verify_cost(1);
     const double paid = draft_cost(o.drafted) + verify_cost(o.verified + 1) - verify_cost(1);
-    interval_ = earned > paid ? 1 : std::min(std::max(2 * interval_, kShortWait), longest_wait());
+    interval_ = earned > paid || best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1)
+                    ? 1 : std::min(std::max(2 * interval_, kShortWait), longest_wait());
     wait_ = interval_;
+    if (interval_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
   }
 }
 

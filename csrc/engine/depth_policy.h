@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <deque>
+#include <optional>
 #include <vector>
 
 namespace dflash {
@@ -41,24 +42,26 @@ struct CostPrior {
   double draft = 0.2;          // one drafter run
 };
 
-// Seconds by index, from noisy measurements: median of the last few at each index, all sharing one slow scale (a
-// longer context or a busier machine moves every index), unseen ones interpolated along the prior's shape.
+// Seconds by index, from noisy measurements. Each index keeps its last few; all share one slow scale (a longer
+// context or a busier machine moves every index). A line through all of them, over the prior's shape, speaks for
+// indices not measured yet, and steadies those measured once or twice.
 class CostTable {
  public:
   explicit CostTable(std::vector<double> prior);
   void observe(size_t index, double seconds);
-  double at(size_t index) const;  // in units of the prior until something is observed
-  bool seen(size_t index) const { return !recent_[index].empty(); }
-  bool any() const { return any_; }
-  void scale_by(double factor) { scale_ *= factor; }
+  double at(size_t index) const { return any() ? scale_ * (*cost_)[index] : prior_[index]; }
+  // The same, but an index hardly measured is given the benefit of the doubt, so that it is tried where it may pay.
+  double hopeful(size_t index) const;
+  size_t count(size_t index) const { return recent_[index].size(); }
+  bool any() const { return cost_.has_value(); }
 
  private:
-  double ratio(size_t index) const;  // measured over prior
+  void fit();
   std::vector<double> prior_;
-  std::vector<std::deque<double>> recent_;  // seconds / scale at the time
-  std::vector<double> median_;
+  std::vector<std::deque<double>> recent_;     // seconds / scale at the time
+  std::vector<double> own_;                    // from recent_ alone
+  std::optional<std::vector<double>> cost_;    // with the line, in units of the scale
   double scale_ = 1.0;
-  bool any_ = false;
 };
 
 // P(slot's draft stands | those before it stood, the drafter gave it probability c).
@@ -109,7 +112,7 @@ class DepthPolicy {
     double rate = 0.0;
   };
 
-  Choice best_draft(int max_depth) const;
+  Choice best_draft(int max_depth, size_t rounds) const;
   Choice best_lookup(int match, int tokens) const;
   static int lookup_bucket(int match);
   int longest_wait() const;

@@ -226,8 +226,12 @@ const char* Session::stop_reason() const {
 
 Session::Drafts Session::draft_dflash(int n, int room) {
   Drafts out;
-  ingest_pending();  // paid per committed token whether or not a round drafts: not part of the draft's cost
-  const Stopwatch watch;
+  // Taking in the last round's few taps belongs to the draft's cost; a backlog of plain rounds does not: plain
+  // decoding takes it in too, only later.
+  const bool backlog = pending_ > model_->block_size();
+  Stopwatch watch;
+  ingest_pending();
+  if (backlog) watch = Stopwatch();
   const int32_t anchor = tokens_.back();
   model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, n + 1, *drafter_kv_, logits_buffer_.as<float>());
   std::vector<Top1> top(static_cast<size_t>(n));

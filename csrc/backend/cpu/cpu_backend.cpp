@@ -61,6 +61,38 @@ void random_row(DType type, int64_t n, Noise noise, uint8_t* row) {
   }
 }
 
+// kernels.h: 16 rows interleaved 16 elements at a time.
+void pack_float_panel(const uint8_t* rows, int n_rows, size_t row, size_t element, uint8_t* panel) {
+  const size_t block = 16 * element;
+  for (size_t at = 0; at < row; at += block) {
+    for (int i = 0; i < kPanel; ++i, panel += block) {
+      const size_t have = i < n_rows ? std::min(block, row - at) : 0;
+      if (have > 0) std::memcpy(panel, rows + row * static_cast<size_t>(i) + at, have);
+      if (have < block) std::memset(panel + have, 0, block - have);
+    }
+  }
+}
+
+// One row of a panel in its GGUF form.
+void unpack_row(const Weight& w, int lane, const uint8_t* panel, uint8_t* row) {
+  const size_t bytes = row_bytes(w.type, w.n_in), at = static_cast<size_t>(lane);
+  if (!is_quantized(w.type)) {
+    const size_t block = 16 * static_cast<size_t>(dtype_info(w.type).bytes);
+    for (size_t b = 0; b < bytes; b += block) {
+      std::memcpy(row + b, panel + kPanel * b + at * block, std::min(block, bytes - b));
+    }
+    return;
+  }
+  const size_t block = row_bytes(w.type, 32), header = w.type == DType::Q4_1 ? 4 : 2;
+  for (const uint8_t* end = row + bytes; row < end; row += block, panel += kPanel * block) {
+    for (size_t h = 0; h < header; h += 2) std::memcpy(row + h, panel + kPanel * h + 2 * at, 2);
+    for (size_t i = 0; i < block - header; ++i) {
+      const uint8_t byte = panel[kPanel * header + 64 * (i / 4) + 4 * at + i % 4];
+      row[header + i] = w.type == DType::Q8_0 ? byte ^ 0x80 : byte;
+    }
+  }
+}
+
 size_t mem_available() {
   std::ifstream in("/proc/meminfo");
   for (std::string key; in >> key;) {
@@ -131,11 +163,11 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
   if (t.bytes != w.bytes() || !t.data) {
     fail("tensor '", t.name, "': expected ", w.bytes(), " bytes of ", info.name, ", found ", t.data ? t.bytes : 0);
   }
-  // Only rows are read from the embedding table, so it stays where it is.
-  if (!repack_ || !is_quantized(t.type) || t.name == "token_embd.weight") return w;
+  // Vectors are read as they are, and from the embedding table only rows are read.
+  if (!repack_ || t.n_out == 1 || t.name == "token_embd.weight") return w;
 
-  const int64_t panels = panels_of(t.n_out), n_groups = t.n_in / 32;
-  const size_t panel = panel_group_bytes(t.type) * static_cast<size_t>(n_groups), row = row_bytes(t.type, t.n_in);
+  const int64_t panels = panels_of(t.n_out);
+  const size_t panel = panel_bytes(w), row = row_bytes(t.type, t.n_in);
   const Buffer packed = alloc(panel * static_cast<size_t>(panels * t.n_expert));
   const uint8_t* rows = static_cast<const uint8_t*>(t.data);
   // Pieces of a few megabytes; the pages of the mapping behind a finished piece go, so memory is not held twice.
@@ -145,8 +177,13 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p % panels * kPanel;
       const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, t.n_out - first));
-      k_.pack_panel(t.type, rows + row * static_cast<size_t>(p / panels * t.n_out + first), n_rows, n_groups,
-                    packed.as<uint8_t>() + panel * static_cast<size_t>(p));
+      const uint8_t* from = rows + row * static_cast<size_t>(p / panels * t.n_out + first);
+      uint8_t* to = packed.as<uint8_t>() + panel * static_cast<size_t>(p);
+      if (is_quantized(t.type)) {
+        k_.pack_panel(t.type, from, n_rows, t.n_in / 32, to);
+      } else {
+        pack_float_panel(from, n_rows, row, static_cast<size_t>(info.bytes), to);
+      }
     }
   });
   w.layout = kPanelLayout;
@@ -180,22 +217,15 @@ void CpuBackend::top1(const float* logits, int rows, int64_t n, Top1* out) {
 }
 
 void CpuBackend::embed(const Weight& table, const int32_t* tokens, int rows, float* x) {
-  const size_t row = row_bytes(table.type, table.n_in), block = is_quantized(table.type) ? row_bytes(table.type, 32) : 0;
+  const size_t row = row_bytes(table.type, table.n_in);
   const uint8_t* data = static_cast<const uint8_t*>(table.data);
-  std::vector<uint8_t> gathered(row);
+  std::vector<uint8_t> unpacked(table.layout == kPanelLayout ? row : 0);
   for (int r = 0; r < rows; ++r) {
     const uint8_t* source = data + row * static_cast<size_t>(tokens[r]);
-    if (table.layout == kPanelLayout) {  // undo pack_panel for one row
-      const size_t header = table.type == DType::Q4_1 ? 4 : 2, lane = static_cast<size_t>(tokens[r] % kPanel);
-      const uint8_t* group = data + panel_bytes(table) * static_cast<size_t>(tokens[r] / kPanel);
-      for (uint8_t* b = gathered.data(); b < gathered.data() + row; b += block, group += kPanel * block) {
-        for (size_t h = 0; h < header; h += 2) std::memcpy(b + h, group + kPanel * h + 2 * lane, 2);
-        for (size_t i = 0; i < block - header; ++i) {
-          const uint8_t byte = group[kPanel * header + 64 * (i / 4) + 4 * lane + i % 4];
-          b[header + i] = table.type == DType::Q8_0 ? byte ^ 0x80 : byte;
-        }
-      }
-      source = gathered.data();
+    if (table.layout == kPanelLayout) {
+      unpack_row(table, tokens[r] % kPanel, data + panel_bytes(table) * static_cast<size_t>(tokens[r] / kPanel),
+                 unpacked.data());
+      source = unpacked.data();
     }
     decode_row(table.type, source, table.n_in, x + r * table.n_in);
   }

@@ -26,6 +26,7 @@ inline constexpr int kPanelLayout = 1;   // panels of 16 interleaved rows (kerne
 
 inline constexpr int kMaxTopK = 64;  // experts per token
 
+inline size_t panel_bytes(const Weight& w) { return panel_bytes(w.type, w.n_in); }  // of 16 output rows
 inline int64_t panels_of(int64_t n_out) { return (n_out + kPanel - 1) / kPanel; }
 
 // Memory that grows and keeps its size; contents are lost when it grows.
@@ -105,7 +106,6 @@ class CpuBackend final : public Backend {
   static constexpr size_t kSerialBytes = 48 << 10;  // about 2 us of work
 
   bool int8_path(const Weight& w) const { return is_quantized(w.type) && !precise_; }
-  size_t panel_bytes(const Weight& w) const;  // bytes read for 16 output rows
 
   // ---- cpu_matmul.cpp
   // Normalises (norm may be null) and quantises as the weights need. Valid until the next call.

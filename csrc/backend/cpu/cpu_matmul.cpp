@@ -15,10 +15,6 @@ constexpr size_t kTileBytes = 256 << 10;      // weight bytes of a tile, at most
 
 }  // namespace
 
-size_t CpuBackend::panel_bytes(const Weight& w) const {
-  return static_cast<size_t>(kPanel) * row_bytes(w.type, w.n_in);
-}
-
 void CpuBackend::rms_norm(const float* x, const float* w, float eps, int rows, int64_t n, float* y) {
   parallel(rows, static_cast<size_t>(rows * n) * 4,
            [&](int64_t r, int) { k_.rms_norm(x + r * n, w, eps, n, y + r * n); });
@@ -106,13 +102,15 @@ void CpuBackend::multiply_floats(const Weight& w, int64_t expert, int64_t panel,
                                  RowSet rows, float* y, int64_t stride, int thread) {
   const size_t row = row_bytes(w.type, w.n_in);
   const int64_t first_row = panel * kPanel;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + row * static_cast<size_t>(expert * w.n_out);
+  const bool packed = w.layout == kPanelLayout;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data);
+  data += packed ? panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out)) : row * static_cast<size_t>(expert * w.n_out);
   const float* a[kMaxRows];
   float* out[kMaxRows];
   for (int p = 0; p < n_panels; ++p) {
     const int64_t first = first_row + p * kPanel;
     const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, w.n_out - first));
-    const uint8_t* source = data + row * static_cast<size_t>(first);
+    const uint8_t* source = data + (packed ? panel_bytes(w) * static_cast<size_t>(panel + p) : row * static_cast<size_t>(first));
     DType type = w.type;
     if (is_quantized(w.type)) {
       float* decoded = thread_[static_cast<size_t>(thread)].rows.get<float>(static_cast<size_t>(kPanel * w.n_in));
@@ -128,7 +126,7 @@ void CpuBackend::multiply_floats(const Weight& w, int64_t expert, int64_t panel,
         a[i] = x.f32 + rows[r + i] * w.n_in;
         out[i] = y + (r + i) * stride + p * kPanel;
       }
-      k_.float_rows(type, source, w.n_in, n_rows, a, m, out);
+      (packed ? k_.float_panels : k_.float_rows)(type, source, w.n_in, n_rows, a, m, out);
     }
   }
 }

@@ -32,6 +32,11 @@ static_assert(sizeof(ActBlock) == 40);
 // Rows past the end of the matrix are zero blocks.
 constexpr size_t panel_group_bytes(DType type) { return static_cast<size_t>(kPanel) * row_bytes(type, 32); }
 
+// Panels of unquantised types: 16 rows interleaved 16 columns at a time, the last columns padded with zeros.
+constexpr size_t panel_bytes(DType type, int64_t n_in) {
+  return static_cast<size_t>(kPanel) * row_bytes(type, is_quantized(type) ? n_in : (n_in + 15) / 16 * 16);
+}
+
 // One head group of one row over the keys [begin, end) of one chunk.
 struct AttentionChunk {
   DType type = DType::F16;
@@ -58,9 +63,11 @@ struct Kernels {
                  float* const* y);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
   void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
-  // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows.
+  // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows: GGUF rows, or the rows of panels.
   void (*float_rows)(DType type, const uint8_t* w, int64_t n, int n_rows, const float* const* x, int m,
                      float* const* y);
+  void (*float_panels)(DType type, const uint8_t* w, int64_t n, int n_rows, const float* const* x, int m,
+                       float* const* y);
 
   void (*rms_norm)(const float* x, const float* w, float eps, int64_t n, float* y);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);

@@ -367,7 +367,7 @@ __device__ inline MmaWeights mma_load_bytes(const uint8_t* chunk0, const uint8_t
 __device__ inline int mma_act_token() { return lane() & 15; }
 __device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) { return {mma_chunk(p), mma_chunk(p + second)}; }
 
-__device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs& x) {
+__device__ inline void mma(int (&c)[kMmaAcc], [[maybe_unused]] const MmaWeights& w, [[maybe_unused]] const MmaActs& x) {
   mma_sums s;
 #pragma unroll
   for (int i = 0; i < 8; ++i) s[i] = c[i];

@@ -70,9 +70,9 @@ void* find(const char* name) {
 
 #define PASS_ON(result, absent, name, parameters, arguments)               \
   extern "C" result name parameters {                                      \
-    static const auto f = reinterpret_cast<result(*) parameters>(find(#name)); \
-    if (f == nullptr) return absent;                                       \
-    return f arguments;                                                    \
+    static const auto pass_on_to = reinterpret_cast<result(*) parameters>(find(#name)); \
+    if (pass_on_to == nullptr) return absent;                              \
+    return pass_on_to arguments;                                           \
   }
 #define PASS_STATUS(name, parameters, arguments) PASS_ON(hipError_t, hipErrorNoDevice, name, parameters, arguments)
 
