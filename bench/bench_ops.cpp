@@ -22,9 +22,7 @@ using namespace dflash;
 
 namespace {
 
-double wall() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double wall() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // One thread is timed by its own CPU clock, which other processes on the machine do not disturb as much.
 bool cpu_clock = false;

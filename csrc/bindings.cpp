@@ -119,6 +119,7 @@ py::dict target_dict(const MiniMaxM2& m) {
   d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
   d["bytes_per_token"] = m.bytes_per_token();
+  d["expert_bytes_per_token"] = m.expert_bytes_per_token();
   return d;
 }
 
@@ -244,13 +245,18 @@ DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
   return c;
 }
 
-// A Python callable as the sampler's hook: the GIL is taken for the call, the row is writable in place.
-std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(const py::object& callable) {
-  if (callable.is_none()) return nullptr;
-  auto held = std::shared_ptr<py::object>(new py::object(callable), [](py::object* o) {
+// A Python object that may be copied and dropped without the GIL.
+std::shared_ptr<py::object> hold(const py::object& object) {
+  return std::shared_ptr<py::object>(new py::object(object), [](py::object* o) {
     py::gil_scoped_acquire gil;
     delete o;
   });
+}
+
+// A Python callable as the sampler's hook: the GIL is taken for the call, the row is writable in place.
+std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(const py::object& callable) {
+  if (callable.is_none()) return nullptr;
+  const std::shared_ptr<py::object> held = hold(callable);
   return [held](const std::vector<int32_t>& history, float* logits, int64_t n_vocab) {
     py::gil_scoped_acquire gil;
     const py::capsule borrowed(logits, [](void*) {});
@@ -261,10 +267,10 @@ std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(cons
 
 Progress wrap_progress(const py::object& callable) {
   if (callable.is_none()) return nullptr;
-  const py::function f = callable.cast<py::function>();
-  return [f](const std::string& stage, size_t done, size_t total) {
+  const std::shared_ptr<py::object> held = hold(callable);
+  return [held](const std::string& stage, size_t done, size_t total) {
     py::gil_scoped_acquire gil;
-    f(stage, done, total);
+    (*held)(stage, done, total);
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C while loading
   };
 }
@@ -432,8 +438,7 @@ void bind_session(py::module_& m) {
             return s.begin(to_tokens(tokens), params);
           },
           py::arg("tokens"), py::arg("sampling"), py::kw_only(), py::arg("max_tokens"), py::arg("depth") = -1,
-          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true,
-          py::arg("simulate_accept") = py::tuple())
+          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true, py::arg("simulate_accept") = py::tuple())
       .def("prefill",
            [](Session& s) {
              int done = 0;
@@ -515,8 +520,9 @@ void bind_policy(py::module_& m) {
             if (verified < 0 || verified > p.max_depth()) fail("verified: 0 to ", p.max_depth(), " expected");
             if (accepted < 0 || accepted > verified) fail("accepted: 0 to verified expected, found ", accepted);
             RoundOutcome o;
-            o.source = source == "dflash" ? DraftSource::dflash
-                                          : source == "lookup" ? DraftSource::lookup : DraftSource::none;
+            o.source = source == "dflash"   ? DraftSource::dflash
+                       : source == "lookup" ? DraftSource::lookup
+                                            : DraftSource::none;
             o.drafted = static_cast<int>(confidence.size());
             if (o.source == DraftSource::dflash && (o.drafted < verified || o.drafted > p.max_depth())) {
               fail("confidence: verified (", verified, ") to max_depth values expected, found ", o.drafted);
@@ -544,9 +550,18 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled engine of dflash_cpp.";
   m.attr("__version__") = DFLASH_VERSION;
 
-  // Translators run last registered first: the derived class after its base.
-  const auto& error = py::register_exception<Error>(m, "DFlashError", PyExc_ValueError);
-  py::register_exception<CapacityError>(m, "CapacityError", error.ptr());
+  // One translator for both: messages may quote any bytes of a damaged file, which pybind11's own would not decode.
+  static const py::handle error = py::exception<Error>(m, "DFlashError", PyExc_ValueError).release();
+  static const py::handle capacity = py::exception<CapacityError>(m, "CapacityError", error).release();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const CapacityError& e) {
+      PyErr_SetObject(capacity.ptr(), to_str(e.what()).ptr());
+    } catch (const Error& e) {
+      PyErr_SetObject(error.ptr(), to_str(e.what()).ptr());
+    }
+  });
 
   bind_gguf(m);
   bind_model(m);

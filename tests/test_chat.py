@@ -126,8 +126,8 @@ def test_replies(tokenizer: Tokenizer) -> None:
         "content": "Yes.",
         "reasoning_content": "I think",
     }
-    unfinished = parse_reply(tokenizer, prompt, tokenizer.encode("I thi"), None)
-    assert (unfinished["content"], unfinished["reasoning_content"]) == ("", "I thi")
+    unfinished = parse_reply(tokenizer, prompt, tokenizer.encode("I am"), None)
+    assert (unfinished["content"], unfinished["reasoning_content"]) == ("", "I am")
     assert parse_reply(tokenizer, "user: hi\n", tokenizer.encode("Yes."), None) == {
         "role": "assistant",
         "content": "Yes.",

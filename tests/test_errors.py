@@ -45,7 +45,7 @@ BAD_OPTIONS = [
     ({"logits_hook": 3}, "logits_hook.*3"),
     ({"ignore_eos": 1}, "ignore_eos.*1"),
     ({"lookup": "yes"}, "lookup.*yes"),
-    ({"temprature": 1.0}, "unknown option 'temprature'.*'temperature'"),
+    ({"max_token": 1}, "unknown option 'max_token'.*'max_tokens'"),
     ({"xyzzy": 1.0}, "unknown option 'xyzzy'.*max_tokens"),
 ]
 
@@ -173,13 +173,18 @@ def u32(n: int) -> bytes:
     return struct.pack("<I", n)
 
 
+def value(n: int) -> bytes:
+    """A u32 as the file holds it: its type, then itself."""
+    return struct.pack("<II", 4, n)
+
+
 DRAFTER_PATCHES = [
-    ("dflash.embedding_length", u32(128), u32(256), "embedding_length|n_embd|shape|hidden"),
-    ("dflash.block_count", u32(3), u32(4), "blk.3|block_count"),
-    ("dflash.block_size", u32(16), u32(0), "block_size"),
-    ("dflash.target_layers", u32(5), u32(9), "target_layers.*9|tap.*9|layer.*9"),
-    ("tokenizer.ggml.mask_token_id", u32(1023), u32(1024), "mask_token_id.*1024"),
-    ("dflash.attention.head_count_kv", u32(1), u32(0), "head_count_kv"),
+    ("dflash.embedding_length", value(128), value(256), "embedding_length|n_embd|shape|hidden"),
+    ("dflash.block_count", value(3), value(4), "blk.3|block_count"),
+    ("dflash.block_size", value(16), value(0), "block_size"),
+    ("dflash.target_layers", u32(4) + u32(5), u32(4) + u32(9), "target_layers.*9|tap.*9|layer.*9"),
+    ("tokenizer.ggml.mask_token_id", value(1023), value(1024), "mask_token_id.*1024"),
+    ("dflash.attention.head_count_kv", value(1), value(0), "head_count_kv"),
 ]
 
 
@@ -194,12 +199,12 @@ def test_a_drafter_that_does_not_fit(
 
 
 TARGET_PATCHES = [
-    ("minimax-m2.block_count", u32(6), u32(7), "blk.6"),
-    ("minimax-m2.block_count", u32(6), u32(5), "blk.5"),
-    ("minimax-m2.expert_count", u32(16), u32(15), "16.*15|15.*16"),
-    ("minimax-m2.expert_used_count", u32(4), u32(17), "expert_used_count"),
-    ("minimax-m2.attention.head_count", u32(4), u32(3), "head_count"),
-    ("minimax-m2.rope.dimension_count", u32(64), u32(63), "dimension_count"),
+    ("minimax-m2.block_count", value(6), value(7), "blk.6"),
+    ("minimax-m2.block_count", value(6), value(5), "blk.5"),
+    ("minimax-m2.expert_count", value(16), value(15), "16.*15|15.*16"),
+    ("minimax-m2.expert_used_count", value(4), value(17), "expert_used_count"),
+    ("minimax-m2.attention.head_count", value(4), value(3), "head_count"),
+    ("minimax-m2.rope.dimension_count", value(64), value(63), "dimension_count"),
     ("general.architecture", b"minimax-m2", b"minimax-m9", "minimax-m9"),
 ]
 

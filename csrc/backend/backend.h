@@ -28,6 +28,7 @@ struct HostTensor {
   int64_t n_expert = 1;  // ne[2]: stacked matrices
   const void* data = nullptr;
   size_t bytes = 0;
+  bool file_mapping = false;  // data lies in a read-only file mapping: a backend that copies may drop its pages
 };
 
 // A matrix, or a stack of n_expert matrices, in backend memory. Plain value: the owner keeps the memory alive.
@@ -40,9 +41,7 @@ struct Weight {
   const void* data = nullptr;
   std::shared_ptr<const void> owner;
 
-  size_t bytes() const {
-    return static_cast<size_t>(n_expert) * static_cast<size_t>(n_out) * row_bytes(type, n_in);
-  }
+  size_t bytes() const { return static_cast<size_t>(n_expert) * static_cast<size_t>(n_out) * row_bytes(type, n_in); }
 };
 
 // Uninitialised backend memory, freed with the last copy.
@@ -108,12 +107,12 @@ struct Moe {
   int n_expert = 0;
   int top_k = 0;
   float eps = 1e-6f;
-  const float* norm = nullptr;    // [n_embd] post-attention RMSNorm
-  const Weight* router = nullptr; // F32 [n_expert, n_embd]
-  const float* bias = nullptr;    // [n_expert] added to sigmoid(logit) for the choice only
-  const Weight* gate = nullptr;   // [n_expert, n_ff, n_embd]
-  const Weight* up = nullptr;     // [n_expert, n_ff, n_embd]
-  const Weight* down = nullptr;   // [n_expert, n_embd, n_ff]
+  const float* norm = nullptr;     // [n_embd] post-attention RMSNorm
+  const Weight* router = nullptr;  // F32 [n_expert, n_embd]
+  const float* bias = nullptr;     // [n_expert] added to sigmoid(logit) for the choice only
+  const Weight* gate = nullptr;    // [n_expert, n_ff, n_embd]
+  const Weight* up = nullptr;      // [n_expert, n_ff, n_embd]
+  const Weight* down = nullptr;    // [n_expert, n_embd, n_ff]
 };
 
 struct Ffn {

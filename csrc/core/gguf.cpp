@@ -53,8 +53,8 @@ constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of one tensor; keeps ev
 }  // namespace
 
 const char* gguf_type_name(GgufType type) {
-  static constexpr const char* names[] = {"uint8", "int8", "uint16", "int16",  "uint32", "int32",  "float32",
-                                          "bool",  "string", "array", "uint64", "int64",  "float64"};
+  static constexpr const char* names[] = {"uint8", "int8",   "uint16", "int16",  "uint32", "int32",  "float32",
+                                          "bool",  "string", "array",  "uint64", "int64",  "float64"};
   const uint32_t id = static_cast<uint32_t>(type);
   return id < 13 ? names[id] : "unknown";
 }
@@ -188,8 +188,8 @@ class GgufParser {
     for (Gguf::Tensor& t : g_->tensors_) {
       const size_t room = data <= size() ? size() - data : 0;
       if (t.offset > room || t.bytes > room - t.offset) {
-        bad("truncated: tensor '", t.name, "' needs ", t.bytes, " bytes at offset ", data + t.offset,
-            ", the file has ", size(), "; copy or convert the file again");
+        bad("truncated: tensor '", t.name, "' needs ", t.bytes, " bytes at offset ", data + t.offset, ", the file has ",
+            size(), "; copy or convert the file again");
       }
       t.offset += data;
     }
@@ -261,9 +261,7 @@ std::vector<std::string_view> Gguf::strings(const Value& v) const {
 
 namespace {
 
-std::string describe(const Gguf::Value& v) {
-  return cat(v.is_array ? "an array of " : "a ", gguf_type_name(v.type));
-}
+std::string describe(const Gguf::Value& v) { return cat(v.is_array ? "an array of " : "a ", gguf_type_name(v.type)); }
 
 }  // namespace
 
@@ -291,12 +289,15 @@ double Gguf::get_float(const std::string& key) const {
   return float_at(*v, 0);
 }
 
-double Gguf::get_float_or(const std::string& key, double fallback) const { return has(key) ? get_float(key) : fallback; }
+double Gguf::get_float_or(const std::string& key, double fallback) const {
+  return has(key) ? get_float(key) : fallback;
+}
 
 bool Gguf::get_bool_or(const std::string& key, bool fallback) const {
   const Value* v = find(key);
   if (v == nullptr) return fallback;
-  if (v->is_array || v->type != GgufType::Bool) fail(path(), ": key '", key, "': a bool expected, found ", describe(*v));
+  if (v->is_array || v->type != GgufType::Bool)
+    fail(path(), ": key '", key, "': a bool expected, found ", describe(*v));
   return int_at(*v, 0) != 0;
 }
 

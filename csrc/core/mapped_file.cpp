@@ -15,7 +15,7 @@ namespace dflash {
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) fail(path, ": cannot open: ", std::strerror(errno));
-  struct stat st {};
+  struct stat st{};
   const bool is_file = ::fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
   if (!is_file) {
     ::close(fd);

@@ -13,16 +13,18 @@ namespace {
 constexpr size_t kRecent = 12;       // measurements kept of each index
 constexpr double kClamp = 1.25;      // one measurement moves the scale as if it were at most this far off
 constexpr double kFollow = 0.1;      // share of a surprise that goes to the scale
-constexpr double kLineWeight = 1.5;  // of the line, against an index' own measurements
+constexpr double kOthersWeight = 1.5;  // of what the neighbours or the line say, against an index' own measurements
 constexpr double kFirstClamp = 1.5;  // an index measured less than kTrusted times is at most this far above the line
 constexpr size_t kTrusted = 3;
+constexpr double kFade = 0.985;      // per measurement elsewhere, of the trust in an index' own ...
+constexpr double kLeast = 0.25;      // ... but not below this share
 constexpr double kPriorWeightOfSlope = 0.02;  // the prior's slope, against measured ones
 constexpr double kHope = 0.25;       // benefit of the doubt of an index never measured
 
 }  // namespace
 
 CostTable::CostTable(std::vector<double> prior)
-    : prior_(std::move(prior)), recent_(prior_.size()), own_(prior_.size(), 0.0) {}
+    : prior_(std::move(prior)), recent_(prior_.size()), own_(prior_.size(), 0.0), trust_(prior_.size(), 0.0) {}
 
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
@@ -41,7 +43,13 @@ void CostTable::observe(size_t index, double seconds) {
   std::sort(sorted.begin(), sorted.end());
   const size_t half = (sorted.size() + 1) / 2;
   own_[index] = std::accumulate(sorted.begin(), sorted.begin() + static_cast<long>(half), 0.0) / static_cast<double>(half);
+  for (double& trust : trust_) trust *= kFade;
+  trust_[index] = static_cast<double>(recent.size());
   fit();
+}
+
+double CostTable::trust(size_t index) const {
+  return std::max(trust_[index], kLeast * static_cast<double>(count(index)));
 }
 
 // cost = a + b x by least squares of relative errors, x how much more than index 0 the prior has.
@@ -50,7 +58,7 @@ void CostTable::fit() {
   for (size_t i = 0; i < prior_.size(); ++i) {
     if (count(i) == 0) continue;
     const double x = prior_[i] / prior_[0] - 1.0, y = own_[i];
-    const double weight = static_cast<double>(count(i)) * (prior_[0] / prior_[i]) * (prior_[0] / prior_[i]);
+    const double weight = trust(i) * (prior_[0] / prior_[i]) * (prior_[0] / prior_[i]);
     w += weight, wx += weight * x, wxx += weight * x * x, wy += weight * y, wxy += weight * x * y;
   }
   // The prior says b = a: minimise further kPriorWeightOfSlope * (b - a)^2.
@@ -60,15 +68,23 @@ void CostTable::fit() {
   double a = (wy * m11 - wxy * m01) / determinant, b = (m00 * wxy - m01 * wy) / determinant;
   if (b < 0.0) a = wy / w, b = 0.0;                       // more rows are never taken to be cheaper
   if (a <= 0.0) b = (wy + wxy) / (w + 2.0 * wx + wxx), a = b;  // nor one row to be free: the prior's shape
+  const auto x = [&](size_t i) { return prior_[i] / prior_[0] - 1.0; };
   cost_.emplace(prior_.size());
   for (size_t i = 0; i < prior_.size(); ++i) {
-    const double line = a + b * (prior_[i] / prior_[0] - 1.0), n = static_cast<double>(count(i));
-    (*cost_)[i] = (n * own_[i] + kLineWeight * line) / (n + kLineWeight);
+    size_t below = i, above = i + 1;
+    while (below > 0 && count(--below) == 0) {}
+    while (above < prior_.size() && count(above) == 0) ++above;
+    double others = a + b * x(i);
+    if (below < i && count(below) > 0 && above < prior_.size()) {
+      const double t = (x(i) - x(below)) / std::max(x(above) - x(below), 1e-9);
+      others = own_[below] * (1.0 - t) + own_[above] * t;
+    }
+    (*cost_)[i] = (trust(i) * own_[i] + kOthersWeight * others) / (trust(i) + kOthersWeight);
   }
 }
 
 double CostTable::hopeful(size_t index) const {
-  return at(index) * (1.0 - kHope / (1.0 + static_cast<double>(count(index))));
+  return at(index) * (1.0 - kHope / (1.0 + trust(index)));
 }
 
 // ---- Calibration ------------------------------------------------------------------------------------------------
@@ -76,7 +92,7 @@ double CostTable::hopeful(size_t index) const {
 namespace {
 
 constexpr float kBinEdges[Calibration::kBins - 1] = {0.08f, 0.16f, 0.28f, 0.42f, 0.56f, 0.70f, 0.82f, 0.91f, 0.97f};
-constexpr double kAllMemory = 0.985, kSlotMemory = 0.97;  // about 70 and 35 observations
+constexpr double kAllMemory = 0.995, kSlotMemory = 0.97;  // about 70 and 35 observations
 constexpr double kPriorWeight = 3.0, kSlotWeight = 6.0;
 constexpr double kUnknownAcceptance = 0.5;
 
@@ -130,11 +146,14 @@ std::vector<double> draft_prior(int max_depth, double draft) {
 }
 
 constexpr size_t kStale = 3;           // drafted rounds remembered through a wait
-constexpr double kReplayFade = 0.85;   // weight of a drafted round against the next newer one
+constexpr double kReplayFade = 0.955;   // weight of a drafted round against the next newer one
+constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
+constexpr size_t kMeasured = 2;        // ... until it has been measured this often
 constexpr double kMargin = 1.01;       // drafting must promise this much over plain decoding
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
 constexpr double kLongestWait = 96;    // and between probes that show nothing
+constexpr double kYardstickShare = 0.005;
 constexpr double kProbeShare = 0.0075; // of the time, that probes may cost
 
 }  // namespace
@@ -151,10 +170,12 @@ int DepthPolicy::lookup_bucket(int match) {
   return match < 4 ? 0 : match < 6 ? 1 : match < 10 ? 2 : match < 20 ? 3 : 4;
 }
 
-// A probe costs a drafter run and a second row: spread so thin that it stays a small part of the time.
+// A probe costs a drafter run and a second row, less what that row brings: spread so thin that it stays a small part
+// of the time.
 int DepthPolicy::longest_wait() const {
-  const double rounds = (draft_cost(1) + verify_cost(2) - verify_cost(1)) / verify_cost(1) / kProbeShare;
-  return static_cast<int>(std::clamp(rounds, static_cast<double>(kShortWait), kLongestWait));
+  const double plain = verify_cost(1);
+  const double loss = (draft_cost(kFirstDepth) + verify_cost(2)) / plain - 1.0 - calibration_.average(0);
+  return static_cast<int>(std::clamp(loss / kProbeShare, static_cast<double>(kShortWait), kLongestWait));
 }
 
 // Replays the last drafted rounds for every n at once: with m slots known, those beyond m get the slot's average.
@@ -222,7 +243,11 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (replay_.empty()) return {DraftSource::dflash, std::min(kFirstDepth, max_depth)};
   if (draft.rate > kMargin * plain) {
     parked_ = false;
-    return {DraftSource::dflash, draft.n};
+    // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
+    const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
+    if (since_plain_ > std::max(rounds, static_cast<double>(kShortWait))) return {};
+    const int further = drafted_rounds_ % kExplore == 0 ? 1 : 0;  // a slot more than pays: verify_depth() may try it
+    return {DraftSource::dflash, std::min(draft.n + further, max_depth)};
   }
   if (!parked_) {
     parked_ = true;
@@ -230,7 +255,8 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     wait_ = interval_;
   }
   if (--wait_ > 0) return {};
-  return {DraftSource::dflash, std::max(draft.n, 1)};  // a probe; observe() sets the next wait
+  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few.
+  return {DraftSource::dflash, std::min(std::max(draft.n, kFirstDepth), max_depth)};
 }
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
@@ -246,11 +272,18 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
       depth = n;
     }
   }
+  if (drafted_rounds_ % kExplore == 0) {
+    // The line through the costs cannot know of a kernel that is fast up to some width: measure all up to it.
+    for (int n = 1; n <= std::min(depth + 1, static_cast<int>(confidence.size())); ++n) {
+      if (verify_.count(static_cast<size_t>(n)) < kMeasured) return n;
+    }
+  }
   return depth;
 }
 
 void DepthPolicy::observe(const RoundOutcome& o) {
   verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
+  since_plain_ = o.verified == 0 ? 0 : since_plain_ + 1;
   if (o.source == DraftSource::lookup) {
     double& a = lookup_acceptance_[static_cast<size_t>(lookup_bucket(o.lookup_match))];
     for (int i = 0; i < o.verified && i <= o.accepted; ++i) {
@@ -260,6 +293,7 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     return;
   }
   if (o.drafted == 0) return;
+  ++drafted_rounds_;
   draft_.observe(static_cast<size_t>(o.drafted) - 1, o.draft_seconds);
   double expected = 0.0, reach = 1.0;
   for (int i = 0; i < o.verified; ++i) {
@@ -268,7 +302,7 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   }
   if (o.verified > 0 && !o.cut) {
     // Both sides carry a constant so that one round cannot move the ratio far.
-    constexpr double kSteady = 30.0;
+    constexpr double kSteady = 150.0;
     bias_ = std::clamp((kSteady * bias_ + o.accepted) / (kSteady + expected), 0.5, 1.5);
   }
   for (int i = 0; i < o.verified && i <= o.accepted; ++i) {

@@ -56,10 +56,12 @@ class CostTable {
   bool any() const { return cost_.has_value(); }
 
  private:
+  double trust(size_t index) const;  // measurements, those of long ago counted less
   void fit();
   std::vector<double> prior_;
   std::vector<std::deque<double>> recent_;     // seconds / scale at the time
   std::vector<double> own_;                    // from recent_ alone
+  std::vector<double> trust_;
   std::optional<std::vector<double>> cost_;    // with the line, in units of the scale
   double scale_ = 1.0;
 };
@@ -104,7 +106,7 @@ class DepthPolicy {
   bool parked() const { return parked_; }
 
  private:
-  static constexpr size_t kReplay = 12;      // drafted rounds kept for replay
+  static constexpr size_t kReplay = 48;      // drafted rounds kept for replay
   static constexpr int kFirstDepth = 4;      // slots asked for before anything is known
   static constexpr int kLookupBuckets = 5;
   struct Choice {
@@ -125,6 +127,8 @@ class DepthPolicy {
   std::array<double, kLookupBuckets> lookup_acceptance_;
   double bias_ = 1.0;      // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
   double rate_ = 0.0;      // tokens a second of the best choice, the price of time in verify_depth()
+  int drafted_rounds_ = 0;
+  int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes
   int wait_ = 0;           // rounds until the next probe
   int interval_ = 8;       // doubles while probes show no gain

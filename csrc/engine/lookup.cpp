@@ -29,8 +29,8 @@ LookupProposer::Candidate LookupProposer::find(const std::vector<int32_t>& token
   if (it == latest_.end()) return out;
   const size_t at = it->second, n = tokens.size();
   int match = 0;
-  while (match < kMaxMatch && static_cast<size_t>(match) < at && tokens[at - 1 - static_cast<size_t>(match)] ==
-                                                                     tokens[n - 1 - static_cast<size_t>(match)]) {
+  while (match < kMaxMatch && static_cast<size_t>(match) < at &&
+         tokens[at - 1 - static_cast<size_t>(match)] == tokens[n - 1 - static_cast<size_t>(match)]) {
     ++match;
   }
   if (match < kGram) return out;  // a hash collision

@@ -72,7 +72,8 @@ double Sampler::keep(int64_t n_vocab) {
     fail("sampling: every token is forbidden (logits all -inf or NaN); check logit_bias and logits_hook");
   }
   // min_p keeps p_i >= min_p * p_max, that is logit_i >= top + T log(min_p).
-  const float floor = p.min_p > 0.0f ? top + p.temperature * std::log(p.min_p) : -std::numeric_limits<float>::infinity();
+  const float floor =
+      p.min_p > 0.0f ? top + p.temperature * std::log(p.min_p) : -std::numeric_limits<float>::infinity();
   candidates_.clear();
   for (int64_t i = 0; i < n_vocab; ++i) {
     const float logit = row_[static_cast<size_t>(i)];

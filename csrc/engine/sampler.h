@@ -12,15 +12,15 @@
 namespace dflash {
 
 struct SamplingParams {
-  float temperature = 0.0f;         // <= 0: greedy
-  int top_k = 0;                    // 0: off
-  float top_p = 1.0f;               // 1: off
-  float min_p = 0.0f;               // 0: off; relative to the most probable token
+  float temperature = 0.0f;  // <= 0: greedy
+  int top_k = 0;             // 0: off
+  float top_p = 1.0f;        // 1: off
+  float min_p = 0.0f;        // 0: off; relative to the most probable token
   uint64_t seed = 0;
   float repetition_penalty = 1.0f;  // divides positive logits of seen tokens, multiplies negative ones (CTRL)
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
-  int penalty_last_n = -1;          // tokens looked back at, prompt included; -1: all
+  int penalty_last_n = -1;  // tokens looked back at, prompt included; -1: all
   std::map<int32_t, float> logit_bias;
   // Called with (all tokens so far, logits [n_vocab], writable); the one place for grammars.
   std::function<void(const std::vector<int32_t>&, float*, int64_t)> logits_hook;

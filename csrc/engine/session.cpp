@@ -12,9 +12,7 @@ namespace {
 
 class Stopwatch {
  public:
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
 
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
@@ -145,7 +143,8 @@ int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& par
   double before = 1.0;
   for (const double chance : params.simulate_accept) {
     if (!(chance >= 0.0 && chance <= before)) {
-      fail("simulate_accept: cumulative chances expected (1 >= first >= second ...), found ", chance, " after ", before);
+      fail("simulate_accept: cumulative chances expected (1 >= first >= second ...), found ", chance, " after ",
+           before);
     }
     before = chance;
   }
@@ -243,6 +242,10 @@ Session::Drafts Session::draft_dflash(int n, int room) {
                                                              : static_cast<float>(params_.simulated_chance(i)));
   }
   const int keep = params_.depth >= 0 ? n : std::min(room, policy_.verify_depth(out.confidence));
+  if (!params_.simulate_accept.empty()) {
+    // Random weights echo one token for ever; a text of many tokens wakes as many experts as real text does.
+    for (size_t i = 0; i < top.size(); ++i) top[i].id = simulated_token(tokens_.size() + i);
+  }
   for (int i = 0; i < keep; ++i) out.tokens.push_back(top[static_cast<size_t>(i)].id);
   if (keep < n) out.beyond = top[static_cast<size_t>(keep)].id;
   out.seconds = watch.seconds();
@@ -256,8 +259,8 @@ Session::Drafts Session::propose(int room) {
   if (params_.depth > 0) return draft_dflash(std::min(params_.depth, room), room);
   LookupProposer::Candidate candidate;
   if (params_.lookup) candidate = lookup_.find(tokens_, room);
-  const DraftPlan plan = policy_.plan(room, model_->drafter != nullptr, candidate.match,
-                                      static_cast<int>(candidate.tokens.size()));
+  const DraftPlan plan =
+      policy_.plan(room, model_->drafter != nullptr, candidate.match, static_cast<int>(candidate.tokens.size()));
   if (plan.source == DraftSource::dflash) return draft_dflash(plan.n, room);
   Drafts out;
   if (plan.source == DraftSource::lookup) {
@@ -268,13 +271,20 @@ Session::Drafts Session::propose(int room) {
   return out;
 }
 
+// Some token for a position of a simulated text.
+int32_t Session::simulated_token(size_t position) const {
+  const double u = uniform_at(params_.sampling.seed + 0x7e57u, position);
+  return static_cast<int32_t>(u * model_->target->config().n_vocab);
+}
+
 // The target's token of row i when acceptance is imposed: the draft, or something else.
 int32_t Session::simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const {
-  const size_t slot = static_cast<size_t>(i);
-  if (params_.simulate_accept.empty() || slot >= drafts.size()) return own;
-  const double u = uniform_at(params_.sampling.seed + 0x51f15eu, tokens_.size() + slot);
+  if (params_.simulate_accept.empty()) return own;
+  const size_t slot = static_cast<size_t>(i), position = tokens_.size() + slot;
+  if (slot >= drafts.size()) return simulated_token(position);
+  const double u = uniform_at(params_.sampling.seed + 0x51f15eu, position);
   if (u < params_.simulated_chance(slot)) return drafts[slot];
-  return own != drafts[slot] ? own : (own + 1) % model_->target->config().n_vocab;
+  return (drafts[slot] + 1) % model_->target->config().n_vocab;
 }
 
 Accepted Session::verify(const Drafts& drafts) {
@@ -390,7 +400,9 @@ StepResult Session::step() {
   result.tokens = accepted.tokens;
   result.drafted = static_cast<int>(drafts.tokens.size());
   result.accepted = accepted.count;
-  result.source = drafts.source == DraftSource::dflash ? "dflash" : drafts.source == DraftSource::lookup ? "lookup" : "none";
+  result.source = drafts.source == DraftSource::dflash   ? "dflash"
+                  : drafts.source == DraftSource::lookup ? "lookup"
+                                                         : "none";
   result.stop = stop_reason();
   active_ = result.stop == nullptr;
   stats_.generated_tokens += static_cast<int64_t>(accepted.tokens.size());
@@ -452,8 +464,10 @@ std::vector<float> Session::draft_logits(const std::vector<int32_t>& tokens, int
   const int block = model_->block_size(), n_vocab = model_->target->config().n_vocab;
   if (n < 1 || n > block - 1) fail("draft_logits: n from 1 to ", block - 1, " expected, found ", n);
   const int rows = block_rows == 0 ? n + 1 : block_rows;
-  if (rows < n + 1 || rows > block) fail("draft_logits: block_rows from ", n + 1, " to ", block, " expected, found ", rows);
-  if (anchor < 0 || anchor >= n_vocab) fail("draft_logits: anchor from 0 to ", n_vocab - 1, " expected, found ", anchor);
+  if (rows < n + 1 || rows > block)
+    fail("draft_logits: block_rows from ", n + 1, " to ", block, " expected, found ", rows);
+  if (anchor < 0 || anchor >= n_vocab)
+    fail("draft_logits: anchor from 0 to ", n_vocab - 1, " expected, found ", anchor);
   run_all(tokens);
   ingest_pending();
   model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>());

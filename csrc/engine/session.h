@@ -17,17 +17,17 @@
 namespace dflash {
 
 struct SessionOptions {
-  int n_ctx = 8192;               // tokens, prompt and answer together
-  std::string kv_type = "auto";   // auto (f16; f32 in precise mode) | f16 | q8_0 | f32
-  int n_batch = 512;              // prompt tokens in one prefill pass
+  int n_ctx = 8192;              // tokens, prompt and answer together
+  std::string kv_type = "auto";  // auto (f16; f32 in precise mode) | f16 | q8_0 | f32
+  int n_batch = 512;             // prompt tokens in one prefill pass
 };
 
 struct GenerateParams {
   SamplingParams sampling;
   int max_tokens = 256;
-  int depth = -1;                 // -1: the policy decides; 0..block_size-1: fixed, drafter only
+  int depth = -1;  // -1: the policy decides; 0..block_size-1: fixed, drafter only
   std::vector<int32_t> eos_ids;
-  bool lookup = true;             // let prompt lookup propose (depth -1 only)
+  bool lookup = true;  // let prompt lookup propose (depth -1 only)
   // Benchmarks of synthetic models: the chance that drafts 1..i+1 all stand. Drafts then stand by (seeded) chance,
   // whatever the target says, and the drafter's confidences are replaced by these chances. Empty: off.
   std::vector<double> simulate_accept;
@@ -37,10 +37,10 @@ struct GenerateParams {
 };
 
 struct StepResult {
-  std::vector<int32_t> tokens;    // committed: drafts that stood, then the target's own
+  std::vector<int32_t> tokens;  // committed: drafts that stood, then the target's own
   int drafted = 0, accepted = 0;
-  const char* source = "none";    // prefill | none | dflash | lookup
-  const char* stop = nullptr;     // null | eos | length | context
+  const char* source = "none";  // prefill | none | dflash | lookup
+  const char* stop = nullptr;   // null | eos | length | context
 };
 
 class Session {
@@ -74,8 +74,8 @@ class Session {
   struct Drafts {
     DraftSource source = DraftSource::none;
     std::vector<int32_t> tokens;
-    int proposed = 0;       // slots the drafter computed; tokens are the first of them
-    int32_t beyond = -1;    // the first drafted token that is not verified
+    int proposed = 0;     // slots the drafter computed; tokens are the first of them
+    int32_t beyond = -1;  // the first drafted token that is not verified
     int lookup_match = 0;
     std::vector<float> confidence;
     double seconds = 0.0;
@@ -85,13 +85,14 @@ class Session {
   void sync(const std::vector<int32_t>& tokens, size_t keep_at_most);
   // Runs tokens_[pos_ .. pos_ + rows) through the target; advances pos_ only when told to by commit().
   void forward(const int32_t* tokens, int rows);
-  void commit(int rows);   // rows of the last forward stay in the caches
-  void ingest_pending();   // taps of committed tokens -> drafter K/V
+  void commit(int rows);  // rows of the last forward stay in the caches
+  void ingest_pending();  // taps of committed tokens -> drafter K/V
   void run_all(const std::vector<int32_t>& tokens);
   Drafts propose(int room);
   Drafts draft_dflash(int n, int room);
   Accepted verify(const Drafts& drafts);
   void account(const Drafts& drafts, const Accepted& accepted, double verify_seconds);
+  int32_t simulated_token(size_t position) const;
   int32_t simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const;
   bool is_eos(int32_t token) const;
   const char* stop_reason() const;
@@ -114,8 +115,8 @@ class Session {
   int drafter_pos_ = 0;          // tokens whose K/V the drafter's cache holds
   int pending_ = 0;              // rows of taps_buffer_ not yet taken in: positions drafter_pos_ .. + pending_
   int prompt_tokens_ = 0;
-  bool active_ = false;          // between begin() and the end of the generation
-  bool first_ = true;            // the next step commits the first token
+  bool active_ = false;  // between begin() and the end of the generation
+  bool first_ = true;    // the next step commits the first token
 
   GenerateParams params_;
   Sampler sampler_{SamplingParams{}};

@@ -59,7 +59,8 @@ void apply_yarn(RopeConfig& rope, double factor, double n_ctx_orig, double beta_
     const double f = rope.inv_freq[i];
     rope.inv_freq[i] = static_cast<float>(f / factor * interpolate + f * (1.0 - interpolate));
   }
-  rope.scale = static_cast<float>(attn_factor > 0.0 ? attn_factor : (factor > 1.0 ? 0.1 * std::log(factor) + 1.0 : 1.0));
+  rope.scale =
+      static_cast<float>(attn_factor > 0.0 ? attn_factor : (factor > 1.0 ? 0.1 * std::log(factor) + 1.0 : 1.0));
 }
 
 RopeConfig read_rope(const Gguf& gguf, const ArchKeys& keys, int head_dim) {
@@ -123,7 +124,8 @@ TargetConfig read_target_config(const Gguf& gguf) {
   if (v_dim != c.head_dim) fail(c.path, ": attention.value_length ", v_dim, " differs from key_length ", c.head_dim);
   c.n_expert = keys.get("expert_count", 1, 65536);
   c.n_expert_used = keys.get("expert_used_count", 1, c.n_expert);
-  c.n_ff = keys.has("expert_feed_forward_length") ? keys.get("expert_feed_forward_length") : keys.get("feed_forward_length");
+  c.n_ff =
+      keys.has("expert_feed_forward_length") ? keys.get("expert_feed_forward_length") : keys.get("feed_forward_length");
   c.n_ctx_train = keys.get_or("context_length", 0, 0, int64_t{1} << 30);
   c.eps = keys.positive("attention.layer_norm_rms_epsilon", 1e-6);
   const int gating = keys.get_or("expert_gating_func", 2, 0, 100);
@@ -145,15 +147,16 @@ DrafterConfig read_drafter_config(const Gguf& gguf) {
   DrafterConfig c;
   c.path = gguf.path();
   c.name = gguf.has("general.name") ? gguf.get_string("general.name") : "";
-  for (const char* key : {"conv_kernel_size", "selector_rank", "sample_from_anchor", "logit_scale",
-                          "final_logit_softcapping"}) {
+  for (const char* key :
+       {"conv_kernel_size", "selector_rank", "sample_from_anchor", "logit_scale", "final_logit_softcapping"}) {
     if (keys.has(key)) {
       fail(c.path, ": key '", keys.name(key), "' belongs to a DFlash2 or DSpark drafter; this engine runs DFlash v1");
     }
   }
   for (const char* name : {"d2t", "t2d", "token_embd.weight", "output.weight"}) {
     if (gguf.find_tensor(name) != nullptr) {
-      fail(c.path, ": tensor '", name, "': drafters with their own vocabulary or head are not supported; "
+      fail(c.path, ": tensor '", name,
+           "': drafters with their own vocabulary or head are not supported; "
            "DFlash v1 borrows both from the target");
     }
   }

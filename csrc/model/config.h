@@ -44,11 +44,11 @@ struct DrafterConfig {
   int n_head_kv = 0;
   int head_dim = 0;
   int n_ff = 0;
-  int block_size = 0;              // anchor + block_size - 1 mask slots
+  int block_size = 0;  // anchor + block_size - 1 mask slots
   int32_t mask_token_id = 0;
-  std::vector<int> target_layers;  // layer input indices (z-lab id + 1); n_layer of the target = before its final norm
-  std::vector<bool> causal;        // per layer: rows of the block see only earlier rows
-  std::vector<int> sliding_window; // per layer; 0 = none
+  std::vector<int> target_layers;   // layer input indices (z-lab id + 1); n_layer of the target = before its final norm
+  std::vector<bool> causal;         // per layer: rows of the block see only earlier rows
+  std::vector<int> sliding_window;  // per layer; 0 = none
   float eps = 1e-6f;
   RopeConfig rope;
 };

@@ -87,8 +87,8 @@ std::unique_ptr<DFlashDrafter> DFlashDrafter::random(const DrafterConfig& config
 size_t DFlashDrafter::weight_bytes() const {
   size_t bytes = fc_.bytes() + hidden_norm_.bytes() + output_norm_.bytes();
   for (const Layer& l : layers_) {
-    for (const Weight* w : {&l.attn_norm, &l.q, &l.k, &l.v, &l.q_norm, &l.k_norm, &l.attn_output, &l.ffn_norm, &l.gate,
-                            &l.up, &l.down}) {
+    for (const Weight* w :
+         {&l.attn_norm, &l.q, &l.k, &l.v, &l.q_norm, &l.k_norm, &l.attn_output, &l.ffn_norm, &l.gate, &l.up, &l.down}) {
       bytes += w->bytes();
     }
   }

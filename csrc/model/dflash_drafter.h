@@ -16,12 +16,12 @@ namespace dflash {
 class DFlashDrafter {
  public:
   struct Layer {
-    Weight attn_norm;        // [n_embd]
-    Weight q, k, v;          // [n_head(_kv) * head_dim, n_embd]
-    Weight q_norm, k_norm;   // [head_dim]
-    Weight attn_output;      // [n_embd, n_head * head_dim]
-    Weight ffn_norm;         // [n_embd]
-    Weight gate, up, down;   // [n_ff, n_embd], the same, [n_embd, n_ff]
+    Weight attn_norm;       // [n_embd]
+    Weight q, k, v;         // [n_head(_kv) * head_dim, n_embd]
+    Weight q_norm, k_norm;  // [head_dim]
+    Weight attn_output;     // [n_embd, n_head * head_dim]
+    Weight ffn_norm;        // [n_embd]
+    Weight gate, up, down;  // [n_ff, n_embd], the same, [n_embd, n_ff]
   };
 
   // Activations of up to max_rows context rows or one block.

@@ -175,7 +175,8 @@ void MiniMaxM2::forward(Backend& backend, Scratch& s, Step step, const int32_t* 
 
 void MiniMaxM2::logits(Backend& backend, const Scratch& s, int first, int rows, float* logits) const {
   const MatmulOut out{&head_, logits};
-  backend.norm_matmul(s.x + static_cast<int64_t>(first) * config_.n_embd, f32(output_norm_), config_.eps, rows, &out, 1);
+  backend.norm_matmul(s.x + static_cast<int64_t>(first) * config_.n_embd, f32(output_norm_), config_.eps, rows, &out,
+                      1);
 }
 
 }  // namespace dflash

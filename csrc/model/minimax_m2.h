@@ -21,14 +21,14 @@ struct TapSink {
 class MiniMaxM2 {
  public:
   struct Layer {
-    Weight attn_norm;             // [n_embd]
-    Weight q, k, v;               // [n_head(_kv) * head_dim, n_embd]
-    Weight q_norm, k_norm;        // [n_head(_kv) * head_dim]
-    Weight attn_output;           // [n_embd, n_head * head_dim]
-    Weight ffn_norm;              // [n_embd]
-    Weight router;                // [n_expert, n_embd]
-    Weight router_bias;           // [n_expert]
-    Weight gate, up, down;        // [n_expert, n_ff, n_embd], the same, [n_expert, n_embd, n_ff]
+    Weight attn_norm;       // [n_embd]
+    Weight q, k, v;         // [n_head(_kv) * head_dim, n_embd]
+    Weight q_norm, k_norm;  // [n_head(_kv) * head_dim]
+    Weight attn_output;     // [n_embd, n_head * head_dim]
+    Weight ffn_norm;        // [n_embd]
+    Weight router;          // [n_expert, n_embd]
+    Weight router_bias;     // [n_expert]
+    Weight gate, up, down;  // [n_expert, n_ff, n_embd], the same, [n_expert, n_embd, n_ff]
   };
 
   // Activations of up to max_rows rows, allocated once.

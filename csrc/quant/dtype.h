@@ -17,7 +17,7 @@ struct DTypeInfo {
 };
 
 inline constexpr DTypeInfo kDTypes[] = {
-    {DType::F32, "F32", 1, 4},    {DType::F16, "F16", 1, 2},    {DType::Q4_0, "Q4_0", 32, 18},
+    {DType::F32, "F32", 1, 4},     {DType::F16, "F16", 1, 2},     {DType::Q4_0, "Q4_0", 32, 18},
     {DType::Q4_1, "Q4_1", 32, 20}, {DType::Q8_0, "Q8_0", 32, 34}, {DType::BF16, "BF16", 1, 2},
 };
 

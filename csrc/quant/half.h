@@ -44,7 +44,7 @@ inline uint16_t f32_to_f16(float f) {
   const uint32_t a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past 65504: infinity
-  if (a < 0x38800000u) {                                              // below 2^-14: subnormal, unit 2^-24
+  if (a < 0x38800000u) {                                               // below 2^-14: subnormal, unit 2^-24
     // Adding 0.5 puts the unit of the last place at 2^-24, so the addition itself rounds to nearest even.
     const float shifted = bits_to_f32(a) + 0.5f;
     return static_cast<uint16_t>(sign | (f32_to_bits(shifted) - 0x3f000000u));

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +80,58 @@ class _Request:
     on_prefill: PrefillProgress | None
 
 
+@dataclass
+class _Answer:
+    """What has come of a request so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    prompt_seconds: float = 0.0
+    stop: str | None = None
+    finish: FinishReason | None = None
+    cancelled: bool = False
+
+
+def _run(
+    session: _core.Session, tokenizer: Tokenizer, request: _Request, answer: _Answer
+) -> Generator[Piece, None, None]:
+    """THE loop: prefill, then rounds; every way of generating goes through it."""
+    options = request.options
+    decoder, matcher = tokenizer.stream(), StopMatcher(options.stops)
+    session.begin(
+        request.tokens,
+        options.sampling_params(request.seed),
+        max_tokens=request.max_tokens,
+        depth=request.depth,
+        eos_ids=request.eos_ids,
+        lookup=options.lookup,
+    )
+    done, total = -1, 0
+    while done < total and not answer.cancelled:
+        done, total = session.prefill()
+        if request.on_prefill is not None:
+            request.on_prefill(done, total)
+    answer.stats = session.stats()
+    answer.prompt_seconds = total_seconds(answer.stats)
+    while answer.finish is None and not answer.cancelled:
+        step = session.step()
+        kept: list[int] = []
+        text = ""
+        for token in step.tokens:
+            kept.append(token)
+            text += matcher.push(decoder.push(token))
+            if matcher.matched is not None:
+                break  # tokens behind the stop string would not exist at depth 0
+        answer.tokens += kept
+        answer.stats = session.stats()
+        if matcher.matched is not None:
+            answer.stop, answer.finish = matcher.matched, "stop"
+        elif step.stop is not None:
+            answer.finish = _FINISH[step.stop]
+            text += matcher.push(decoder.flush()) + matcher.flush()
+        yield Piece(text, tuple(kept))
+
+
 class Stream(Iterator[Piece]):
     """Pieces of one answer, computed as they are asked for. `result` is the whole answer.
 
@@ -90,17 +142,13 @@ class Stream(Iterator[Piece]):
     def __init__(self, engine: Engine, request: _Request) -> None:
         self._engine = engine
         self._request = request
-        self._tokens: list[int] = []
+        self._answer = _Answer()
         self._text: list[str] = []
-        self._stats: Mapping[str, Any] = {}
-        self._prompt_seconds = 0.0
-        self._stop: str | None = None
-        self._finish: FinishReason | None = None
         self._superseded = False
-        self._cancelled = False
         self._running = False
         self._thread = 0
-        self._pieces = self._run()
+        # The loop knows the answer but not this object, so that a dropped stream is freed at once.
+        self._pieces = _run(engine.session, engine.tokenizer, request, self._answer)
 
     def __iter__(self) -> Self:
         return self
@@ -110,7 +158,7 @@ class Stream(Iterator[Piece]):
             raise DFlashError(
                 "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
             )
-        if self._finish is not None:
+        if self._answer.finish is not None:
             raise StopIteration
         self._thread = threading.get_ident()
         self._engine._take(self)
@@ -118,42 +166,42 @@ class Stream(Iterator[Piece]):
         try:
             piece = next(self._pieces)
         except BaseException:
-            self._end("cancelled")  # after StopIteration the reason is already set and stays
+            self._end()
             raise
         finally:
             self._running = False
         self._text.append(piece.text)
-        if self._finish is not None:
+        if self._answer.finish is not None:
             self._engine._give(self)
         return piece
 
     @property
     def result(self) -> Generation:
         """The answer; while pieces are still to come, what there is so far, with finish_reason "cancelled"."""
-        text, request = "".join(self._text), self._request
+        answer, request = self._answer, self._request
         message = None
         if request.chat_prompt is not None:
-            message = parse_reply(self._engine.tokenizer, request.chat_prompt, self._tokens, self._stop)
+            message = parse_reply(self._engine.tokenizer, request.chat_prompt, answer.tokens, answer.stop)
         return Generation(
-            text=text,
-            tokens=list(self._tokens),
-            finish_reason=self._finish or "cancelled",
+            text="".join(self._text),
+            tokens=list(answer.tokens),
+            finish_reason=answer.finish or "cancelled",
             stats=Stats.from_core(
-                self._stats,
+                answer.stats,
                 seed=request.seed,
-                generated_tokens=len(self._tokens),
-                prompt_seconds=self._prompt_seconds,
+                generated_tokens=len(answer.tokens),
+                prompt_seconds=answer.prompt_seconds,
             ),
-            stop=self._stop,
+            stop=answer.stop,
             message=message,
         )
 
     def close(self) -> None:
         """Stops here and gives the engine back. Idempotent; from another thread, after the running round."""
-        self._cancelled = True
+        self._answer.cancelled = True
         if not self._running:
             self._pieces.close()
-            self._end("cancelled")
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -162,61 +210,16 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        self._end("cancelled")
+        self._end()
 
     def _supersede(self) -> None:
         self._superseded = True
         self.close()
 
-    def _end(self, reason: FinishReason) -> None:
-        if self._finish is None:
-            self._finish = reason
+    def _end(self) -> None:
+        if self._answer.finish is None:
+            self._answer.finish = "cancelled"
         self._engine._give(self)
-
-    def _run(self) -> Generator[Piece, None, None]:
-        """THE loop: prefill, then rounds; every way of generating goes through it."""
-        session, request = self._engine._open_session(), self._request
-        options = request.options
-        decoder, matcher = self._engine.tokenizer.stream(), StopMatcher(options.stops)
-        session.begin(
-            request.tokens,
-            options.sampling_params(request.seed),
-            max_tokens=request.max_tokens,
-            depth=request.depth,
-            eos_ids=request.eos_ids,
-            lookup=options.lookup,
-        )
-        done, total = -1, 0
-        while done < total and not self._cancelled:
-            done, total = session.prefill()
-            if request.on_prefill is not None:
-                request.on_prefill(done, total)
-        self._stats = session.stats()
-        self._prompt_seconds = total_seconds(self._stats)
-        finish: FinishReason | None = None
-        while finish is None:
-            if self._cancelled:
-                return
-            step = session.step()
-            kept: list[int] = []
-            text = ""
-            for token in step.tokens:
-                kept.append(token)
-                text += matcher.push(decoder.push(token))
-                if matcher.matched is not None:
-                    break  # tokens behind the stop string would not exist at depth 0
-            self._tokens += kept
-            self._stats = session.stats()
-            if matcher.matched is not None:
-                self._stop, finish = matcher.matched, "stop"
-            elif step.stop is not None:
-                finish = _FINISH[step.stop]
-                text += matcher.push(decoder.flush())
-                if matcher.matched is None:
-                    text += matcher.flush()
-            if finish is not None:
-                self._finish = finish
-            yield Piece(text, tuple(kept))
 
 
 class Engine:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import chat, convert, demo, doctor, generate, inspect
+from .commands import bench, capture, chat, convert, demo, doctor, generate, inspect, selftest
+from .commands import eval as eval_command
 from .errors import DFlashError
 
-COMMANDS = (generate, chat, convert, inspect, doctor, demo)
+COMMANDS = (generate, chat, convert, inspect, doctor, demo, eval_command, bench, selftest, capture)
 
 _EXAMPLES = """\
 examples:

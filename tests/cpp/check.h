@@ -31,14 +31,14 @@ inline int report(const char* name) {
 }  // namespace dflash::test
 
 #define CHECK(condition) ::dflash::test::record(static_cast<bool>(condition), #condition, __FILE__, __LINE__)
-#define CHECK_THROWS(expression, part)                                                                   \
-  do {                                                                                                   \
-    std::string said = "nothing was thrown";                                                             \
-    try {                                                                                                \
-      (void)(expression);                                                                                \
-    } catch (const ::dflash::Error& e) {                                                                 \
-      said = e.what();                                                                                   \
-    }                                                                                                    \
-    ::dflash::test::record(said.find(part) != std::string::npos, (#expression " said: " + said).c_str(), \
-                           __FILE__, __LINE__);                                                          \
+#define CHECK_THROWS(expression, part)                                                                             \
+  do {                                                                                                             \
+    std::string said = "nothing was thrown";                                                                       \
+    try {                                                                                                          \
+      (void)(expression);                                                                                          \
+    } catch (const ::dflash::Error& e) {                                                                           \
+      said = e.what();                                                                                             \
+    }                                                                                                              \
+    ::dflash::test::record(said.find(part) != std::string::npos, (#expression " said: " + said).c_str(), __FILE__, \
+                           __LINE__);                                                                              \
   } while (0)

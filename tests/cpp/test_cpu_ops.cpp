@@ -27,9 +27,9 @@ struct Tolerance {
   double precise, fast;
 };
 constexpr Tolerance kTolerances[] = {
-    {"embed", 0, 0},           {"rms_norm", 3e-7, 3e-7}, {"norm_matmul", 1e-5, 4e-3}, {"matmul_add", 1e-5, 1e-5},
-    {"qkv_post", 2e-6, 2e-6},  {"attention", 5e-5, 5e-5}, {"moe", 2e-5, 1e-2},         {"ffn", 2e-5, 1e-2},
-    {"copy_rows", 0, 0},       {"top1", 1e-5, 1e-5},
+    {"embed", 0, 0},          {"rms_norm", 3e-7, 3e-7},  {"norm_matmul", 1e-5, 4e-3}, {"matmul_add", 1e-5, 1e-5},
+    {"qkv_post", 2e-6, 2e-6}, {"attention", 5e-5, 5e-5}, {"moe", 2e-5, 1e-2},         {"ffn", 2e-5, 1e-2},
+    {"copy_rows", 0, 0},      {"top1", 1e-5, 1e-5},
 };
 
 // ---- inputs -----------------------------------------------------------------------------------------------------
@@ -186,7 +186,8 @@ struct Backends {  // for one mode
 
 void check_case(const Case& c, const Backends& b, bool precise) {
   const auto say = [&](bool ok, const std::string& which) {
-    test::record(ok, (c.op + " " + c.what + (precise ? " precise" : " fast") + ": " + which).c_str(), __FILE__, __LINE__);
+    test::record(ok, (c.op + " " + c.what + (precise ? " precise" : " fast") + ": " + which).c_str(), __FILE__,
+                 __LINE__);
   };
   const Floats base = c.run(*b.plain, 0, c.rows);
   const Doubles expected = c.expected(precise);
@@ -203,7 +204,8 @@ void check_case(const Case& c, const Backends& b, bool precise) {
       say(finite && worst <= limit * largest, cat("error ", worst / largest, " of ", limit));
     }
   }
-  for (const auto& other : b.others) say(same_bits(c.run(*other, 0, c.rows), base), "not as plain: " + other->describe());
+  for (const auto& other : b.others)
+    say(same_bits(c.run(*other, 0, c.rows), base), "not as plain: " + other->describe());
   say(same_bits(c.run(*b.unpacked, 0, c.rows), base), "not as plain: GGUF layout");
   Backend& best = *b.others.back();
   Floats single;
@@ -378,17 +380,21 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
     shapes.push_back({4, 1, 64, 48, 510, 9, false, 256, QkNorm::per_head, kv});
   }
   for (const AttentionShape& s : shapes) {
-    const int end = s.pos0 + s.rows, n_ctx = end + 3, q_width = s.n_head * s.head_dim, kv_width = s.n_head_kv * s.head_dim;
+    const int end = s.pos0 + s.rows, n_ctx = end + 3, q_width = s.n_head * s.head_dim,
+              kv_width = s.n_head_kv * s.head_dim;
     const auto history = std::make_shared<Floats>(random.floats(static_cast<size_t>(2 * s.pos0 * kv_width)));
     const auto q = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.rows * q_width)));
     const auto k = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.rows * kv_width)));
     const auto v = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.rows * kv_width)));
     const auto weights = std::make_shared<Floats>(random.floats(static_cast<size_t>(q_width + kv_width), 2.0f));
     const auto inv_freq = std::make_shared<Floats>();
-    for (int i = 0; i < s.n_rot / 2; ++i) inv_freq->push_back(std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(s.n_rot)));
-    const QkvPost post{s.n_head, s.n_head_kv, s.head_dim, s.n_rot, s.norm, weights->data(), weights->data() + q_width,
-                       inv_freq->data(), 1.25f, 1e-6f};
-    const Attention attention{s.n_head, s.n_head_kv, s.head_dim, 0.3f / std::sqrt(static_cast<float>(s.head_dim)), s.causal, s.window};
+    for (int i = 0; i < s.n_rot / 2; ++i)
+      inv_freq->push_back(std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(s.n_rot)));
+    const QkvPost post{
+        s.n_head,         s.n_head_kv, s.head_dim, s.n_rot, s.norm, weights->data(), weights->data() + q_width,
+        inv_freq->data(), 1.25f,       1e-6f};
+    const Attention attention{s.n_head, s.n_head_kv, s.head_dim, 0.3f / std::sqrt(static_cast<float>(s.head_dim)),
+                              s.causal, s.window};
 
     // Everything of a run: the rotated q, the cache as floats, the attention output of rows [first, first + count).
     const auto run = [=](Backend& b, int first, int count, bool want_attention) {
@@ -417,8 +423,9 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
       const Floats y = whole.take();
       return Floats(y.begin() + first * q_width, y.begin() + (first + count) * q_width);
     };
-    const std::string what = cat(s.n_head, "/", s.n_head_kv, " heads of ", s.head_dim, " pos ", s.pos0, " rows ", s.rows,
-                                 s.causal ? " causal" : " block", " window ", s.window, " kv ", dtype_info(s.kv).name);
+    const std::string what =
+        cat(s.n_head, "/", s.n_head_kv, " heads of ", s.head_dim, " pos ", s.pos0, " rows ", s.rows,
+            s.causal ? " causal" : " block", " window ", s.window, " kv ", dtype_info(s.kv).name);
     const auto rotated = [=](const Floats& x, int heads, const float* w, int row, int64_t pos) {
       const Doubles all = row_of(x, row, heads * s.head_dim);
       Doubles y;
@@ -430,7 +437,8 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
       for (int h = 0; h < heads; ++h) {
         for (int i = 0; i < s.n_rot / 2; ++i) {
           const double angle = static_cast<float>(pos) * (*inv_freq)[static_cast<size_t>(i)];
-          double &a = y[static_cast<size_t>(h * s.head_dim + i)], &c = y[static_cast<size_t>(h * s.head_dim + i + s.n_rot / 2)];
+          double &a = y[static_cast<size_t>(h * s.head_dim + i)],
+                 &c = y[static_cast<size_t>(h * s.head_dim + i + s.n_rot / 2)];
           const double x0 = a, x1 = c;
           a = 1.25 * (x0 * std::cos(angle) - x1 * std::sin(angle));
           c = 1.25 * (x1 * std::cos(angle) + x0 * std::sin(angle));
@@ -438,7 +446,8 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
       }
       return y;
     };
-    cases.push_back({"qkv_post", what, s.rows, [=](Backend& b, int first, int count) { return run(b, first, count, false); },
+    cases.push_back({"qkv_post", what, s.rows,
+                     [=](Backend& b, int first, int count) { return run(b, first, count, false); },
                      [=](bool) {
                        Doubles all;
                        for (int r = 0; r < s.rows; ++r) {
@@ -448,46 +457,52 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
                        return all;
                      }});
     if (s.kv == DType::Q8_0) continue;  // checked through the bits below and against F32 within q8_0's step
-    cases.push_back({"attention", what, s.rows, [=](Backend& b, int first, int count) { return run(b, first, count, true); },
-                     [=](bool) {
-                       std::vector<Doubles> keys, values;
-                       const auto stored = [&](Doubles x) {
-                         if (s.kv == DType::F16) {
-                           for (double& e : x) e = f16_to_f32(f32_to_f16(static_cast<float>(e)));
-                         }
-                         return x;
-                       };
-                       for (int j = 0; j < end; ++j) {
-                         const bool old = j < s.pos0;
-                         const Floats hist_k(history->begin(), history->begin() + s.pos0 * kv_width);
-                         const Floats hist_v(history->begin() + s.pos0 * kv_width, history->end());
-                         keys.push_back(stored(old ? rotated(hist_k, s.n_head_kv, weights->data() + q_width, j, j)
-                                                   : rotated(*k, s.n_head_kv, weights->data() + q_width, j - s.pos0, j)));
-                         values.push_back(stored(row_of(old ? hist_v : *v, old ? j : j - s.pos0, kv_width)));
-                       }
-                       Doubles all;
-                       for (int r = 0; r < s.rows; ++r) {
-                         const Doubles qr = rotated(*q, s.n_head, weights->data(), r, s.pos0 + r);
-                         const int last = s.causal ? s.pos0 + r + 1 : end, from = s.window > 0 ? std::max(0, s.pos0 + r - s.window + 1) : 0;
-                         for (int h = 0; h < s.n_head; ++h) {
-                           const int at = h / (s.n_head / s.n_head_kv) * s.head_dim;
-                           Doubles p, out(static_cast<size_t>(s.head_dim));
-                           double sum = 0, top = -1e30;
-                           for (int j = from; j < last; ++j) {
-                             double dot = 0;
-                             for (int d = 0; d < s.head_dim; ++d) dot += qr[static_cast<size_t>(h * s.head_dim + d)] * keys[static_cast<size_t>(j)][static_cast<size_t>(at + d)];
-                             p.push_back(dot * attention.scale);
-                             top = std::max(top, p.back());
-                           }
-                           for (double& e : p) sum += e = std::exp(e - top);
-                           for (int j = from; j < last; ++j) {
-                             for (int d = 0; d < s.head_dim; ++d) out[static_cast<size_t>(d)] += p[static_cast<size_t>(j - from)] / sum * values[static_cast<size_t>(j)][static_cast<size_t>(at + d)];
-                           }
-                           all.insert(all.end(), out.begin(), out.end());
-                         }
-                       }
-                       return all;
-                     }});
+    cases.push_back(
+        {"attention", what, s.rows, [=](Backend& b, int first, int count) { return run(b, first, count, true); },
+         [=](bool) {
+           std::vector<Doubles> keys, values;
+           const auto stored = [&](Doubles x) {
+             if (s.kv == DType::F16) {
+               for (double& e : x) e = f16_to_f32(f32_to_f16(static_cast<float>(e)));
+             }
+             return x;
+           };
+           for (int j = 0; j < end; ++j) {
+             const bool old = j < s.pos0;
+             const Floats hist_k(history->begin(), history->begin() + s.pos0 * kv_width);
+             const Floats hist_v(history->begin() + s.pos0 * kv_width, history->end());
+             keys.push_back(stored(old ? rotated(hist_k, s.n_head_kv, weights->data() + q_width, j, j)
+                                       : rotated(*k, s.n_head_kv, weights->data() + q_width, j - s.pos0, j)));
+             values.push_back(stored(row_of(old ? hist_v : *v, old ? j : j - s.pos0, kv_width)));
+           }
+           Doubles all;
+           for (int r = 0; r < s.rows; ++r) {
+             const Doubles qr = rotated(*q, s.n_head, weights->data(), r, s.pos0 + r);
+             const int last = s.causal ? s.pos0 + r + 1 : end,
+                       from = s.window > 0 ? std::max(0, s.pos0 + r - s.window + 1) : 0;
+             for (int h = 0; h < s.n_head; ++h) {
+               const int at = h / (s.n_head / s.n_head_kv) * s.head_dim;
+               Doubles p, out(static_cast<size_t>(s.head_dim));
+               double sum = 0, top = -1e30;
+               for (int j = from; j < last; ++j) {
+                 double dot = 0;
+                 for (int d = 0; d < s.head_dim; ++d)
+                   dot += qr[static_cast<size_t>(h * s.head_dim + d)] *
+                          keys[static_cast<size_t>(j)][static_cast<size_t>(at + d)];
+                 p.push_back(dot * attention.scale);
+                 top = std::max(top, p.back());
+               }
+               for (double& e : p) sum += e = std::exp(e - top);
+               for (int j = from; j < last; ++j) {
+                 for (int d = 0; d < s.head_dim; ++d)
+                   out[static_cast<size_t>(d)] += p[static_cast<size_t>(j - from)] / sum *
+                                                  values[static_cast<size_t>(j)][static_cast<size_t>(at + d)];
+               }
+               all.insert(all.end(), out.begin(), out.end());
+             }
+           }
+           return all;
+         }});
   }
 }
 
@@ -511,7 +526,8 @@ void moe_cases(std::vector<Case>& cases, Random& random) {
     const auto bias = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.n_expert), 0.3f));
     const auto norm_w = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.n_embd)));
     const auto x = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.rows * s.n_embd)));
-    const std::string what = cat(dtype_info(s.type).name, " ", s.n_embd, "x", s.n_ff, " ", s.top_k, " of ", s.n_expert, " rows ", s.rows);
+    const std::string what =
+        cat(dtype_info(s.type).name, " ", s.n_embd, "x", s.n_ff, " ", s.top_k, " of ", s.n_expert, " rows ", s.rows);
     const auto chosen = [=](int r) {  // (expert, weight), in order
       const Doubles h = norm(row_of(*x, r, s.n_embd), norm_w->data(), 1e-6);
       Doubles score = multiply(*router, h, true);
@@ -535,7 +551,8 @@ void moe_cases(std::vector<Case>& cases, Random& random) {
                        Output out(static_cast<size_t>(count * s.n_embd));
                        std::copy_n(x->begin() + first * s.n_embd, count * s.n_embd, out.data());
                        (void)b.take_expert_count();
-                       b.moe({s.n_expert, s.top_k, 1e-6f, norm_w->data(), &r, bias->data(), &g, &u, &d}, count, out.data());
+                       b.moe({s.n_expert, s.top_k, 1e-6f, norm_w->data(), &r, bias->data(), &g, &u, &d}, count,
+                             out.data());
                        std::vector<bool> used(static_cast<size_t>(s.n_expert));
                        int distinct = 0;
                        for (int i = first; i < first + count; ++i) {
@@ -554,7 +571,8 @@ void moe_cases(std::vector<Case>& cases, Random& random) {
                          const Doubles h = norm(row_of(*x, r, s.n_embd), norm_w->data(), 1e-6);
                          for (const auto& e : chosen(r)) {
                            const Doubles y = feed_forward(*gate, *up, *down, h, precise, e.first);
-                           for (size_t i = 0; i < y.size(); ++i) all[static_cast<size_t>(r) * y.size() + i] += e.second * y[i];
+                           for (size_t i = 0; i < y.size(); ++i)
+                             all[static_cast<size_t>(r) * y.size() + i] += e.second * y[i];
                          }
                        }
                        return all;
@@ -584,7 +602,8 @@ void moe_cases(std::vector<Case>& cases, Random& random) {
   }
 }
 
-// ---- what is not a case -----------------------------------------------------------------------------------------------
+// ---- what is not a case
+// -----------------------------------------------------------------------------------------------
 
 void test_ties_and_extremes(Backend& b, bool precise) {
   Floats logits(100, 1.0f);

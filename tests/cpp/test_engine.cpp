@@ -20,8 +20,7 @@ void test_accept() {
   const auto never = [](int32_t) { return false; };
   const auto run = [&](const Ids& drafts, const Ids& target, auto stop) {
     int calls = 0;
-    Accepted a = accept_matching(
-        drafts, [&](int i) { return ++calls, target[static_cast<size_t>(i)]; }, stop);
+    Accepted a = accept_matching(drafts, [&](int i) { return ++calls, target[static_cast<size_t>(i)]; }, stop);
     CHECK(calls == static_cast<int>(a.tokens.size()));  // rows after a rejection are never asked for
     return a;
   };
@@ -168,7 +167,8 @@ void test_lookup() {
   }
 }
 
-// A made-up machine and drafter: does the policy find the best it could do? (The grid is in tests/test_depth_policy.py.)
+// A made-up machine and drafter: does the policy find the best it could do? (The grid is in
+// tests/test_depth_policy.py.)
 double policy_rate(double acceptance, double row_cost, double draft_cost, int rounds) {
   CostPrior prior;
   for (int w = 1; w <= 16; ++w) prior.verify.push_back(1.0 + 0.3 * (w - 1));
@@ -197,7 +197,7 @@ double policy_rate(double acceptance, double row_cost, double draft_cost, int ro
 }
 
 void test_policy() {
-  CHECK(policy_rate(0.1, 0.4, 0.3, 2000) > 0.985);         // a useless drafter is parked
+  CHECK(policy_rate(0.1, 0.4, 0.3, 2000) > 0.985);            // a useless drafter is parked
   const double free_ride = policy_rate(0.9, 0.02, 0.1, 500);  // cheap rows, a good drafter: deep drafts
   CHECK(free_ride > 4.5);
   DepthPolicy fresh(15, CostPrior{std::vector<double>(16, 1.0), 0.2});

@@ -152,8 +152,8 @@ void test_half() {
     const float b = bf16_to_f32(bits);
     if (b == b) CHECK(f32_to_bf16(b) == bits);
   }
-  CHECK(f32_to_f16(65519.0f) == 0x7bff && f32_to_f16(65520.0f) == 0x7c00);       // ties to even at the top
-  CHECK(f32_to_f16(2.9802322387695312e-8f) == 0 && f32_to_f16(2.99e-8f) == 1);   // and at half a subnormal
+  CHECK(f32_to_f16(65519.0f) == 0x7bff && f32_to_f16(65520.0f) == 0x7c00);      // ties to even at the top
+  CHECK(f32_to_f16(2.9802322387695312e-8f) == 0 && f32_to_f16(2.99e-8f) == 1);  // and at half a subnormal
   CHECK(f32_to_f16(1.00048828125f) == 0x3c00 && f32_to_f16(1.00146484375f) == 0x3c02);
 }
 

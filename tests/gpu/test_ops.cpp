@@ -457,7 +457,7 @@ void test_steps(Backend& b, std::mt19937& rng) {
     ops({rows, pos0});
     expect(same_bits(got, y.get("step"), got.size()), cat("recorded step at ", pos0, " differs"));
   }
-  expect(replayed == 5, cat("steps replayed: ", replayed));
+  expect(replayed == 6, cat("steps replayed: ", replayed));
 }
 
 void test_errors(Backend& b, std::mt19937& rng) {

@@ -25,8 +25,10 @@ void CpuBackend::update_rope(const QkvPost& p, Step step) {
   for (int r = 0; r < step.rows; ++r) {
     for (size_t i = 0; i < half; ++i) {
       const float angle = static_cast<float>(step.pos0 + r) * p.inv_freq[i];
-      rope_.cos[static_cast<size_t>(r) * half + i] = static_cast<float>(std::cos(static_cast<double>(angle))) * p.rope_scale;
-      rope_.sin[static_cast<size_t>(r) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * p.rope_scale;
+      rope_.cos[static_cast<size_t>(r) * half + i] =
+          static_cast<float>(std::cos(static_cast<double>(angle))) * p.rope_scale;
+      rope_.sin[static_cast<size_t>(r) * half + i] =
+          static_cast<float>(std::sin(static_cast<double>(angle))) * p.rope_scale;
     }
   }
 }
@@ -44,7 +46,8 @@ void CpuBackend::qkv_post(const QkvPost& p, Step step, float* q, float* k, const
     const size_t at = static_cast<size_t>(r * half);
     for (int h = 0; h < heads; ++h) k_.rotate(x + h * p.head_dim, rope_.cos.data() + at, rope_.sin.data() + at, half);
   };
-  const int64_t q_width = static_cast<int64_t>(p.n_head) * p.head_dim, kv_width = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
+  const int64_t q_width = static_cast<int64_t>(p.n_head) * p.head_dim,
+                kv_width = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
   parallel(step.rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t r, int) {
     if (q) finish(q + r * q_width, p.q_norm, p.n_head, r);
     finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
@@ -81,7 +84,8 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
   const int64_t items = static_cast<int64_t>(a.n_head_kv) * row_blocks;
   const int spans = items >= 4 * pool_.size() ? 1 : n_chunks;
   const int64_t result = 2 + a.head_dim;  // max, sum, acc of one head
-  float* partial = spans > 1 ? partial_.get<float>(static_cast<size_t>(n_chunks * step.rows * a.n_head * result)) : nullptr;
+  float* partial =
+      spans > 1 ? partial_.get<float>(static_cast<size_t>(n_chunks * step.rows * a.n_head * result)) : nullptr;
 
   const auto chunk = [&](int kv_head, int r, int c, float* max, float* sum, float* acc) {
     const Range range = visible(r);
@@ -152,22 +156,23 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
       chunk(kv_head, r, c, s, s + group, s + 2 * group);
     }
   });
-  parallel(static_cast<int64_t>(step.rows) * a.n_head_kv, static_cast<size_t>(n_chunks) * step.rows * a.n_head * result * 4, [&](int64_t item, int) {
-    const int r = static_cast<int>(item / a.n_head_kv), kv_head = static_cast<int>(item % a.n_head_kv);
-    const Range range = visible(r);
-    const int first = range.begin / kKvChunk;
-    float* s = slot(first, r, kv_head);
-    for (int c = first + 1; c <= (range.end - 1) / kKvChunk; ++c) {
-      const float* t = slot(c, r, kv_head);
-      for (int h = 0; h < group; ++h) {
-        k_.attention_merge(s + h, s + group + h, s + 2 * group + h * a.head_dim, t[h], t[group + h],
-                           t + 2 * group + h * a.head_dim, a.head_dim);
-      }
-    }
-    float* to = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
-    std::memcpy(to, s + 2 * group, static_cast<size_t>(group * a.head_dim) * sizeof(float));
-    for (int h = 0; h < group; ++h) k_.scale(1.0f / s[group + h], a.head_dim, to + h * a.head_dim);
-  });
+  parallel(static_cast<int64_t>(step.rows) * a.n_head_kv,
+           static_cast<size_t>(n_chunks) * step.rows * a.n_head * result * 4, [&](int64_t item, int) {
+             const int r = static_cast<int>(item / a.n_head_kv), kv_head = static_cast<int>(item % a.n_head_kv);
+             const Range range = visible(r);
+             const int first = range.begin / kKvChunk;
+             float* s = slot(first, r, kv_head);
+             for (int c = first + 1; c <= (range.end - 1) / kKvChunk; ++c) {
+               const float* t = slot(c, r, kv_head);
+               for (int h = 0; h < group; ++h) {
+                 k_.attention_merge(s + h, s + group + h, s + 2 * group + h * a.head_dim, t[h], t[group + h],
+                                    t + 2 * group + h * a.head_dim, a.head_dim);
+               }
+             }
+             float* to = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+             std::memcpy(to, s + 2 * group, static_cast<size_t>(group * a.head_dim) * sizeof(float));
+             for (int h = 0; h < group; ++h) k_.scale(1.0f / s[group + h], a.head_dim, to + h * a.head_dim);
+           });
 }
 
 }  // namespace dflash::cpu

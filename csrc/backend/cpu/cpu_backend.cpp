@@ -93,6 +93,14 @@ void unpack_row(const Weight& w, int lane, const uint8_t* panel, uint8_t* row) {
   }
 }
 
+// Unmaps the whole pages of a range of a file mapping; a later read would fetch them from the file again.
+void drop_pages(const uint8_t* p, size_t bytes) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 size_t mem_available() {
   std::ifstream in("/proc/meminfo");
   for (std::string key; in >> key;) {
@@ -185,6 +193,10 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
         pack_float_panel(from, n_rows, row, static_cast<size_t>(info.bytes), to);
       }
     }
+    const auto source_row = [&](int64_t p) {
+      return row * static_cast<size_t>(p / panels * t.n_out + p % panels * kPanel);
+    };
+    if (t.file_mapping) drop_pages(rows + source_row(begin), source_row(end) - source_row(begin));
   });
   w.layout = kPanelLayout;
   w.data = packed.data;
@@ -211,9 +223,8 @@ void CpuBackend::copy_rows(const float* src, int rows, int64_t n, float* dst, in
 }
 
 void CpuBackend::top1(const float* logits, int rows, int64_t n, Top1* out) {
-  parallel(rows, static_cast<size_t>(rows * n) * 4, [&](int64_t r, int) {
-    k_.top1(logits + r * n, n, &out[r].id, &out[r].prob, &out[r].margin);
-  });
+  parallel(rows, static_cast<size_t>(rows * n) * 4,
+           [&](int64_t r, int) { k_.top1(logits + r * n, n, &out[r].id, &out[r].prob, &out[r].margin); });
 }
 
 void CpuBackend::embed(const Weight& table, const int32_t* tokens, int rows, float* x) {

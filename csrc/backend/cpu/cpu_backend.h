@@ -21,8 +21,8 @@ std::vector<std::string> cpu_isas();
 namespace cpu {
 
 // Weight::layout
-inline constexpr int kRowsLayout = 0;    // GGUF rows
-inline constexpr int kPanelLayout = 1;   // panels of 16 interleaved rows (kernels.h), per expert padded to whole panels
+inline constexpr int kRowsLayout = 0;   // GGUF rows
+inline constexpr int kPanelLayout = 1;  // panels of 16 interleaved rows (kernels.h), per expert padded to whole panels
 
 inline constexpr int kMaxTopK = 64;  // experts per token
 
@@ -52,8 +52,8 @@ class Scratch {
 
 // Rows of activations in the forms that the weights they will meet need.
 struct Activations {
-  const float* f32 = nullptr;     // [rows, n]
-  const ActBlock* q = nullptr;    // [rows, n / 32]
+  const float* f32 = nullptr;   // [rows, n]
+  const ActBlock* q = nullptr;  // [rows, n / 32]
   int64_t n = 0;
   int rows = 0;
 };

@@ -10,8 +10,8 @@
 namespace dflash::cpu {
 namespace {
 
-constexpr int kRowBlock = 64;                 // rows of a prefill tile: their int8 form fits the second-level cache
-constexpr size_t kTileBytes = 256 << 10;      // weight bytes of a tile, at most about this
+constexpr int kRowBlock = 64;             // rows of a prefill tile: their int8 form fits the second-level cache
+constexpr size_t kTileBytes = 256 << 10;  // weight bytes of a tile, at most about this
 
 }  // namespace
 
@@ -61,10 +61,10 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
 
   const ActBlock* a[kMaxRows];
   float* out[kMaxRows];
-  const auto run = [&](const uint8_t* panels, int first, int count) {  // count panels, all rows
+  const auto run = [&](const uint8_t* panels, int first, int count) {  // count panels
     const int64_t valid = std::min<int64_t>(kPanel, w.n_out - first_row - first * kPanel);
-    for (int r = 0; r < rows.count; r += kMaxRows) {
-      const int m = std::min(kMaxRows, rows.count - r);
+    for (int r = 0; r < rows.count; r += k_.panel_rows) {
+      const int m = std::min(k_.panel_rows, rows.count - r);
       float edge[kMaxRows][kPanel];
       for (int i = 0; i < m; ++i) {
         a[i] = x.q + rows[r + i] * n_groups;
@@ -80,11 +80,7 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
   };
 
   if (packed) {
-    if (rows.count <= kMaxRows && whole > 0) {
-      run(data, 0, whole);
-    } else {  // all rows on one panel before the next: the panel stays in the first-level cache
-      for (int p = 0; p < whole; ++p) run(data + bytes * static_cast<size_t>(p), p, 1);
-    }
+    if (whole > 0) run(data, 0, whole);
     if (whole < n_panels) run(data + bytes * static_cast<size_t>(whole), whole, 1);
     return;
   }
@@ -104,13 +100,15 @@ void CpuBackend::multiply_floats(const Weight& w, int64_t expert, int64_t panel,
   const int64_t first_row = panel * kPanel;
   const bool packed = w.layout == kPanelLayout;
   const uint8_t* data = static_cast<const uint8_t*>(w.data);
-  data += packed ? panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out)) : row * static_cast<size_t>(expert * w.n_out);
+  data += packed ? panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out))
+                 : row * static_cast<size_t>(expert * w.n_out);
   const float* a[kMaxRows];
   float* out[kMaxRows];
   for (int p = 0; p < n_panels; ++p) {
     const int64_t first = first_row + p * kPanel;
     const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, w.n_out - first));
-    const uint8_t* source = data + (packed ? panel_bytes(w) * static_cast<size_t>(panel + p) : row * static_cast<size_t>(first));
+    const uint8_t* source =
+        data + (packed ? panel_bytes(w) * static_cast<size_t>(panel + p) : row * static_cast<size_t>(first));
     DType type = w.type;
     if (is_quantized(w.type)) {
       float* decoded = thread_[static_cast<size_t>(thread)].rows.get<float>(static_cast<size_t>(kPanel * w.n_in));

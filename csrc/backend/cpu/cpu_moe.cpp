@@ -98,7 +98,8 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
              const int64_t first = item % steps * step * 32, width = std::min(step * 32, n_ff - first);
              const int n_panels = static_cast<int>(panels_of(width));
              const int64_t stride = step * 32;
-             float* g = thread_[static_cast<size_t>(thread)].gate_up.get<float>(static_cast<size_t>(2 * kMaxRows * stride));
+             float* g =
+                 thread_[static_cast<size_t>(thread)].gate_up.get<float>(static_cast<size_t>(2 * kMaxRows * stride));
              float* u = g + kMaxRows * stride;
              for (int r = 0; r < e.count; r += kMaxRows) {
                const int m = std::min(kMaxRows, e.count - r);
@@ -118,8 +119,10 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
   float* pair_out = pair_out_.get<float>(static_cast<size_t>(n_pairs * n_embd));
   const Activations a{hidden, hidden_q, n_ff, static_cast<int>(n_pairs)};
   const size_t down_bytes = routing_.experts.size() * (down.bytes() / static_cast<size_t>(down.n_expert));
-  const size_t target = std::min<size_t>(256 << 10, std::max<size_t>(16 << 10, down_bytes / static_cast<size_t>(8 * pool_.size())));
-  const int64_t panels = panels_of(n_embd), down_step = std::max<int64_t>(1, static_cast<int64_t>(target / panel_bytes(down)));
+  const size_t target =
+      std::min<size_t>(256 << 10, std::max<size_t>(16 << 10, down_bytes / static_cast<size_t>(8 * pool_.size())));
+  const int64_t panels = panels_of(n_embd),
+                down_step = std::max<int64_t>(1, static_cast<int64_t>(target / panel_bytes(down)));
   const int64_t down_steps = (panels + down_step - 1) / down_step;
   parallel(n_experts * down_steps, down_bytes * static_cast<size_t>(std::max<int64_t>(1, n_pairs / n_experts)),
            [&](int64_t item, int thread) {
@@ -128,10 +131,12 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
              const int n_panels = static_cast<int>(std::min(down_step, panels - first));
              const int64_t stride = n_panels * kPanel, valid = std::min(stride, n_embd - first * kPanel);
              float* out = thread_[static_cast<size_t>(thread)].out.get<float>(static_cast<size_t>(e.count * stride));
-             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride, thread);
+             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride,
+                      thread);
              for (int i = 0; i < e.count; ++i) {
                const int64_t pair = routing_.pairs[static_cast<size_t>(e.first + i)];
-               std::memcpy(pair_out + pair * n_embd + first * kPanel, out + i * stride, static_cast<size_t>(valid) * sizeof(float));
+               std::memcpy(pair_out + pair * n_embd + first * kPanel, out + i * stride,
+                           static_cast<size_t>(valid) * sizeof(float));
              }
            });
   parallel(rows, static_cast<size_t>(n_pairs * n_embd) * 2, [&](int64_t r, int) {

@@ -6,20 +6,34 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dflash::cpu {
 
 extern const Kernels kKernels_plain;
 #if defined(__x86_64__)
-extern const Kernels kKernels_avx2, kKernels_avxvnni, kKernels_avx512vnni;
+extern const Kernels kKernels_avx2, kKernels_avxvnni, kKernels_avx512vnni, kKernels_amx;
 #endif
 
 namespace {
 
 #if defined(__x86_64__)
 struct CpuFeatures {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 };
+
+// Linux gives a process the tile registers only on request.
+bool request_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 CpuFeatures read_features() {
   CpuFeatures f;
@@ -35,6 +49,7 @@ CpuFeatures read_features() {
   f.avx2 = ymm && fma_f16c && bit(b, 5);
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   f.avx512vnni = f.avx2 && zmm && avx512 && bit(c, 11);
+  f.amx = f.avx512vnni && (xcr0 & 0x60000u) == 0x60000u && bit(d, 24) && bit(d, 25) && request_tiles();
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && bit(a, 4);
   return f;
 }
@@ -46,7 +61,9 @@ std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
   const CpuFeatures f = read_features();
+  // Tiles give the right bits but, with a scale every 32 columns to apply, not more speed (docs/performance.md).
   if (f.avx512vnni) list.push_back(&kKernels_avx512vnni);
+  if (f.amx) list.push_back(&kKernels_amx);
   if (f.avxvnni) list.push_back(&kKernels_avxvnni);
   if (f.avx2) list.push_back(&kKernels_avx2);
 #endif

@@ -14,7 +14,7 @@
 namespace dflash::cpu {
 
 inline constexpr int kPanel = 16;     // output rows a quantised kernel handles together
-inline constexpr int kMaxRows = 8;    // activation rows per kernel call
+inline constexpr int kMaxRows = 16;   // activation rows per kernel call, at most
 inline constexpr int kKvChunk = 256;  // key positions per attention split, counted from position 0
 
 // 32 activations: x[i] = q[i] * d. d stays f32 (layer 61 of M2.7 overflows f16). sum = sum of q.
@@ -42,9 +42,9 @@ struct AttentionChunk {
   DType type = DType::F16;
   const uint8_t* k = nullptr;  // position 0 of this KV head
   const uint8_t* v = nullptr;
-  const float* q = nullptr;    // [n_head, head_dim]
-  int n_head = 0;              // query heads sharing this KV head
-  int head_dim = 0;            // multiple of 16
+  const float* q = nullptr;  // [n_head, head_dim]
+  int n_head = 0;            // query heads sharing this KV head
+  int head_dim = 0;          // multiple of 16
   float scale = 0.0f;
   int begin = 0, end = 0;
   // Results, per head: max score, sum of exp(score - max), sum of exp(score - max) * v.
@@ -55,10 +55,11 @@ struct AttentionChunk {
 
 struct Kernels {
   const char* name;
+  int panel_rows;  // activation rows that panels() takes at a time; float_rows() and float_panels() take kMaxRows
 
   // y[i] of n elements in blocks of 32; n is a multiple of 32.
   void (*quantize)(const float* x, int64_t n, ActBlock* y);
-  // y[r][16 p ...] for n_panels consecutive panels and m <= kMaxRows rows of activations.
+  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
                  float* const* y);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
@@ -72,9 +73,9 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* w, float eps, int64_t n, float* y);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
   void (*sigmoid)(const float* x, int64_t n, float* y);
-  void (*add)(const float* x, int64_t n, float* y);                        // y += x
+  void (*add)(const float* x, int64_t n, float* y);                                         // y += x
   void (*weighted_sum)(const float* w, const float* const* x, int k, int64_t n, float* y);  // y += sum w[i] x[i]
-  void (*rotate)(float* x, const float* cos, const float* sin, int half);  // NEOX pairs (i, i + half)
+  void (*rotate)(float* x, const float* cos, const float* sin, int half);                   // NEOX pairs (i, i + half)
   void (*store_kv)(DType type, const float* x, int64_t n, uint8_t* y);
   void (*attention_chunk)(const AttentionChunk& a);
   // Adds a chunk's result (max, sum, acc) to a running one.

@@ -1,4 +1,5 @@
-// AVX2 with 256-bit VNNI (Alder Lake, Zen 5). Compiled with these instructions on; called only when the CPU has them (isa.cpp).
+// AVX2 with 256-bit VNNI (Alder Lake, Zen 5). Compiled with these instructions on; called only when the CPU has them
+// (isa.cpp).
 #include <immintrin.h>
 
 #include "backend/cpu/kernels.h"
@@ -6,8 +7,8 @@
 #define DFLASH_AVXVNNI
 namespace dflash::cpu {
 namespace {
-#include "backend/cpu/vec_avx2.inc"
 #include "backend/cpu/kernels.inc"
+#include "backend/cpu/vec_avx2.inc"
 }  // namespace
 
 extern const Kernels kKernels_avxvnni = kTable;

@@ -1,7 +1,10 @@
-// Attention over a KV cache in fixed splits (flash decoding): a block takes one split of kSplitKeys keys, one KV head and
-// a few of the queries that share it; a second kernel adds a query's splits in order. Splits are cut at multiples of
-// kSplitKeys from position 0, so neither a row's splits nor their sums depend on the rows beside it. Prefill takes the
-// same two kernels, some rows at a time.
+// Attention over a KV cache in fixed splits (flash decoding): a block takes one split of the keys, one KV head and a few
+// of the queries that share it; the block that finishes last adds the splits of its queries in order. Where splits begin
+// depends on positions alone (short ones first, so that short contexts still spread over the machine), so neither a
+// row's splits nor their sums depend on the rows beside it. Prefill takes the same kernel, some rows at a time.
+//
+// In a split every wave runs on its own: of each 64 keys it takes 8, four lanes to a key, with a running maximum; the
+// waves are added in order at the end.
 
 #include "backend/hip/kernels.h"
 #include "backend/hip/quantize.h"
@@ -10,8 +13,27 @@ namespace dflash::hip {
 
 namespace {
 
-constexpr int kAttentionThreads = kSplitKeys;  // a thread per key
+constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
+constexpr int kChunkKeys = 64;                               // keys of a step of all waves
+constexpr int kWaveKeys = kChunkKeys / kAttentionWaves;
+constexpr int kKeyLanes = gpu::kWave / kWaveKeys;            // lanes that share a key
+
+// Splits of 64 keys up to 1024, of 256 up to 8192, of 1024 beyond.
+constexpr int kShortEnd = 1024, kMiddleEnd = 8192;
+constexpr int kShortSplits = kShortEnd / 64, kMiddleSplits = (kMiddleEnd - kShortEnd) / 256;
+
+__host__ __device__ inline int split_of(int key) {
+  return key < kShortEnd    ? key / 64
+         : key < kMiddleEnd ? kShortSplits + (key - kShortEnd) / 256
+                            : kShortSplits + kMiddleSplits + (key - kMiddleEnd) / 1024;
+}
+
+__host__ __device__ inline int split_begin(int split) {
+  return split < kShortSplits                   ? split * 64
+         : split < kShortSplits + kMiddleSplits ? kShortEnd + (split - kShortSplits) * 256
+                                                : kMiddleEnd + (split - kShortSplits - kMiddleSplits) * 1024;
+}
 
 // One query's keys are [first, end).
 struct KeyRange {
@@ -29,6 +51,9 @@ struct AttentionArgs {
   KvLayer kv;
   float* o = nullptr;   // [rows, n_head, max_splits, head_dim]
   float2* ml = nullptr; // [rows, n_head, max_splits]: largest score, sum of exponentials
+  int* arrived = nullptr;    // [n_head_kv, query blocks], zero between launches
+  float* out = nullptr;      // of the step's row 0
+  MutableQuantRows quant;
 
   __device__ KeyRange keys(int row) const {
     const int pos = pos0.get() + row0 + row;
@@ -73,14 +98,33 @@ __device__ inline void load_elements(const KvLayer& kv, const void* base, int he
   }
 }
 
+// A wave adds one query's splits in order; a lane holds Dims dimensions.
+template <int Dims>
+__device__ inline void add_splits(const AttentionArgs& p, int64_t at, const KeyRange& keys, float* out) {
+  const int first = split_of(keys.first), last = split_of(keys.end - 1);
+  float largest = -INFINITY;
+  for (int s = first + gpu::lane(); s <= last; s += gpu::kWave) largest = fmaxf(largest, p.ml[at + s].x);
+  largest = gpu::wave_max(largest);
+  float sum = 0.0f, o[Dims] = {};
+#pragma unroll 4
+  for (int s = first; s <= last; ++s) {
+    const float2 ml = p.ml[at + s];
+    const float w = ml.x == -INFINITY ? 0.0f : expf(ml.x - largest);
+    sum = fmaf(w, ml.y, sum);
+#pragma unroll
+    for (int d = 0; d < Dims; ++d) o[d] = fmaf(w, p.o[(at + s) * (Dims * 32) + gpu::lane() * Dims + d], o[d]);
+  }
+#pragma unroll
+  for (int d = 0; d < Dims; ++d) out[gpu::lane() * Dims + d] = o[d] / sum;
+}
+
 // grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head.
 template <DType T, int Dims, int Queries>
 __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(AttentionArgs p) {
   constexpr int kHeadDim = Dims * 32;
-  __shared__ float q_lds[Queries][kHeadDim];
-  __shared__ float p_lds[Queries][kSplitKeys];
-  __shared__ float wave_lds[2][Queries][kAttentionWaves];
-  __shared__ float o_lds[kAttentionWaves / 2][Queries][kHeadDim];
+  alignas(16) __shared__ float q_lds[Queries][kHeadDim];  // later: the results
+  __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
+  __shared__ float2 ml_lds[kAttentionWaves][Queries];  // largest score, sum
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
@@ -89,32 +133,52 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   const int split = static_cast<int>(blockIdx.z);
   const int last_query = min(first_query + Queries, n_queries) - 1;
   // Rows ascend with queries, so the block's keys lie between its first row's first and its last row's end.
-  const int key0 = split * kSplitKeys;
-  const int end = min(p.keys(last_query / group).end - key0, kSplitKeys);
-  const int begin = max(p.keys(first_query / group).first - key0, 0);
+  const int all_first = p.keys(first_query / group).first, all_end = p.keys(last_query / group).end;
+  const int begin = max(split_begin(split), all_first), end = min(split_begin(split + 1), all_end);
   if (begin >= end) return;
   const int t = static_cast<int>(threadIdx.x);
   auto head_of = [&](int query) { return kv_head * group + query % group; };
-  for (int i = t; i < Queries * kHeadDim; i += kAttentionThreads) {
-    const int query = min(first_query + i / kHeadDim, last_query);
+  constexpr int kQuads = Queries * kHeadDim / 4;
+  for (int i = t; i < kQuads; i += kAttentionThreads) {
+    const int query = min(first_query + i / (kHeadDim / 4), last_query);
     const int64_t row = p.row0 + query / group;
-    q_lds[i / kHeadDim][i % kHeadDim] = p.q[(row * p.a.n_head + head_of(query)) * kHeadDim + i % kHeadDim];
+    reinterpret_cast<float4*>(&q_lds[0][0])[i] = reinterpret_cast<const float4*>(
+        p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
+  }
+  KeyRange keys[Queries];
+  float largest[Queries], sum[Queries], o[Queries][Dims];
+#pragma unroll
+  for (int i = 0; i < Queries; ++i) {
+    keys[i] = p.keys(min(first_query + i, last_query) / group);
+    largest[i] = -INFINITY;
+    sum[i] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < Dims; ++d) o[i][d] = 0.0f;
   }
   __syncthreads();
 
-  // Scores: a thread per key.
-  float score[Queries];
+  const int part = gpu::lane() % kKeyLanes;
+  for (int chunk = split_begin(split); chunk < end; chunk += kChunkKeys) {
+    const int key0 = chunk + gpu::wave() * kWaveKeys;  // the wave's keys
+    if (key0 + kWaveKeys <= begin || key0 >= end) continue;
+    const int key = key0 + gpu::lane() / kKeyLanes;
+    const int safe_key = max(begin, min(key, end - 1));
+    float v[kWaveKeys][Dims];
 #pragma unroll
-  for (int i = 0; i < Queries; ++i) score[i] = 0.0f;
-  if (t >= begin && t < end) {
-#pragma unroll 4
-    for (int d = 0; d < kHeadDim; d += 8) {
+    for (int j = 0; j < kWaveKeys; ++j) {
+      load_elements<T, Dims>(p.kv, p.kv.v, kv_head, max(begin, min(key0 + j, end - 1)), gpu::lane() * Dims, v[j]);
+    }
+    float score[Queries];
+#pragma unroll
+    for (int i = 0; i < Queries; ++i) score[i] = 0.0f;
+#pragma unroll gpu::kAttentionUnroll
+    for (int dim = part * 8; dim < kHeadDim; dim += 8 * kKeyLanes) {
       float k[8];
-      load_elements<T, 8>(p.kv, p.kv.k, kv_head, key0 + t, d, k);
+      load_elements<T, 8>(p.kv, p.kv.k, kv_head, safe_key, dim, k);
 #pragma unroll
       for (int i = 0; i < Queries; ++i) {
-        const float4 a = *reinterpret_cast<const float4*>(&q_lds[i][d]);
-        const float4 b = *reinterpret_cast<const float4*>(&q_lds[i][d + 4]);
+        const float4 a = *reinterpret_cast<const float4*>(&q_lds[i][dim]);
+        const float4 b = *reinterpret_cast<const float4*>(&q_lds[i][dim + 4]);
         score[i] = fmaf(a.x, k[0], score[i]);
         score[i] = fmaf(a.y, k[1], score[i]);
         score[i] = fmaf(a.z, k[2], score[i]);
@@ -125,116 +189,93 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
         score[i] = fmaf(b.w, k[7], score[i]);
       }
     }
-  }
-#pragma unroll
-  for (int i = 0; i < Queries; ++i) {
-    const KeyRange keys = p.keys(min(first_query + i, last_query) / group);
-    const bool seen = key0 + t >= keys.first && key0 + t < keys.end;
-    score[i] = seen ? score[i] * p.a.scale : -INFINITY;
-    const float largest = gpu::wave_max(score[i]);
-    if (gpu::lane() == 0) wave_lds[0][i][gpu::wave()] = largest;
-  }
-  __syncthreads();
-  float largest[Queries];
-#pragma unroll
-  for (int i = 0; i < Queries; ++i) {
-    largest[i] = wave_lds[0][i][0];
-    for (int w = 1; w < kAttentionWaves; ++w) largest[i] = fmaxf(largest[i], wave_lds[0][i][w]);
-    const float e = score[i] == -INFINITY ? 0.0f : expf(score[i] - largest[i]);
-    p_lds[i][t] = e;
-    const float sum = gpu::wave_sum(e);
-    if (gpu::lane() == 0) wave_lds[1][i][gpu::wave()] = sum;
-  }
-  __syncthreads();
-
-  // Values: a wave takes its 32 keys, a lane Dims consecutive dimensions.
-  float o[Queries][Dims];
-#pragma unroll
-  for (int i = 0; i < Queries; ++i) {
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) o[i][d] = 0.0f;
-  }
-  const int k_begin = max(gpu::wave() * gpu::kWave, begin), k_end = min((gpu::wave() + 1) * gpu::kWave, end);
-#pragma unroll 4
-  for (int k = k_begin; k < k_end; ++k) {
-    float v[Dims];
-    load_elements<T, Dims>(p.kv, p.kv.v, kv_head, key0 + k, gpu::lane() * Dims, v);
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {
-      const float e = p_lds[i][k];
+      float s = score[i];
+      for (int m = 1; m < kKeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
+      s = key >= keys[i].first && key < keys[i].end ? s * p.a.scale : -INFINITY;
+      const float top = fmaxf(largest[i], gpu::wave_max(s));
+      const float e = s == -INFINITY ? 0.0f : expf(s - top);
+      const float keep = largest[i] == -INFINITY ? 0.0f : expf(largest[i] - top);
+      sum[i] = fmaf(sum[i], keep, gpu::wave_sum(part == 0 ? e : 0.0f));
 #pragma unroll
-      for (int d = 0; d < Dims; ++d) o[i][d] = fmaf(e, v[d], o[i][d]);
+      for (int d = 0; d < Dims; ++d) o[i][d] *= keep;
+#pragma unroll
+      for (int j = 0; j < kWaveKeys; ++j) {
+        const float w = gpu::shuffle(e, j * kKeyLanes);
+#pragma unroll
+        for (int d = 0; d < Dims; ++d) o[i][d] = fmaf(w, v[j][d], o[i][d]);
+      }
+      largest[i] = top;
     }
   }
-  // The waves in a fixed tree: the upper half of those left is added to the lower half.
-  for (int left = kAttentionWaves / 2; left > 0; left /= 2) {
-    if (gpu::wave() >= left && gpu::wave() < 2 * left) {
-#pragma unroll
-      for (int i = 0; i < Queries; ++i) {
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) o_lds[gpu::wave() - left][i][gpu::lane() * Dims + d] = o[i][d];
-      }
-    }
-    __syncthreads();
-    if (gpu::wave() < left) {
-#pragma unroll
-      for (int i = 0; i < Queries; ++i) {
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) o[i][d] += o_lds[gpu::wave()][i][gpu::lane() * Dims + d];
-      }
-    }
-    __syncthreads();
-  }
-  if (gpu::wave() != 0) return;
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
-    const int query = first_query + i;
-    if (query > last_query) continue;
-    const int64_t at = (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * p.max_splits + split;
+    if (gpu::lane() == 0) ml_lds[gpu::wave()][i] = make_float2(largest[i], sum[i]);
 #pragma unroll
-    for (int d = 0; d < Dims; ++d) p.o[at * kHeadDim + gpu::lane() * Dims + d] = o[i][d];
-    float sum = 0.0f;
-    for (int w = 0; w < kAttentionWaves; ++w) sum += wave_lds[1][i][w];
-    if (gpu::lane() == 0) p.ml[at] = make_float2(largest[i], sum);
+    for (int d = 0; d < Dims; ++d) o_lds[gpu::wave()][i][gpu::lane() * Dims + d] = o[i][d];
+  }
+  __syncthreads();
+
+  // The waves in order, a wave per query. Where the split is the only one, that is the result; else the last block to
+  // finish adds all splits.
+  const int first_split = split_of(all_first), last_split = split_of(all_end - 1);
+  auto partial_of = [&](int query) {
+    return (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * p.max_splits;
+  };
+  for (int i = gpu::wave(); i < Queries && first_query + i <= last_query; i += kAttentionWaves) {
+    float top = -INFINITY, total = 0.0f, r[Dims] = {};
+    for (int w = 0; w < kAttentionWaves; ++w) top = fmaxf(top, ml_lds[w][i].x);
+    for (int w = 0; w < kAttentionWaves; ++w) {
+      const float2 ml = ml_lds[w][i];
+      const float scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
+      total = fmaf(scale, ml.y, total);
+#pragma unroll
+      for (int d = 0; d < Dims; ++d) r[d] = fmaf(scale, o_lds[w][i][gpu::lane() * Dims + d], r[d]);
+    }
+    const int64_t at = partial_of(first_query + i) + split;
+#pragma unroll
+    for (int d = 0; d < Dims; ++d) {
+      if (first_split == last_split) {
+        q_lds[i][gpu::lane() * Dims + d] = r[d] / total;
+      } else {
+        p.o[at * kHeadDim + gpu::lane() * Dims + d] = r[d];
+      }
+    }
+    if (first_split != last_split && gpu::lane() == 0) p.ml[at] = make_float2(top, total);
+  }
+  if (first_split != last_split) {
+    int* counter = p.arrived + kv_head * gridDim.x + blockIdx.x;
+    if (!gpu::last_to_arrive(counter, last_split - first_split + 1)) return;
+    for (int i = gpu::wave(); i < Queries && first_query + i <= last_query; i += kAttentionWaves) {
+      add_splits<Dims>(p, partial_of(first_query + i), p.keys((first_query + i) / group), q_lds[i]);
+    }
+  }
+  __syncthreads();
+  for (int i = t; i < (kQuads + 31) / 32 * 32; i += kAttentionThreads) {
+    const int local = min(i, kQuads - 1) / (kHeadDim / 4), query = min(first_query + local, last_query);
+    const bool write = i < kQuads && first_query + local <= last_query;
+    const int64_t at = ((p.row0 + query / group) * static_cast<int64_t>(p.a.n_head) + head_of(query)) * kHeadDim +
+                       i % (kHeadDim / 4) * 4;
+    const float4 v = reinterpret_cast<const float4*>(&q_lds[0][0])[min(i, kQuads - 1)];
+    if (write) *reinterpret_cast<float4*>(p.out + at) = v;
+    quantize_quad(v, p.quant.q + (at & ~int64_t{31}), p.quant.scale + at / 32, write);
   }
 }
 
-// grid (n_head, rows), a thread per dimension: the splits of a query added in order, and int8 groups of the result.
-__global__ void __launch_bounds__(256) attention_add_kernel(AttentionArgs p, float* out, MutableQuantRows quant) {
-  gpu::wait_for_previous();
-  const int head = static_cast<int>(blockIdx.x), row = static_cast<int>(blockIdx.y);
-  const int d = static_cast<int>(threadIdx.x), head_dim = p.a.head_dim;
-  const KeyRange keys = p.keys(row);
-  const int first = keys.first / kSplitKeys, last = (keys.end - 1) / kSplitKeys;
-  const int64_t at = (static_cast<int64_t>(row) * p.a.n_head + head) * p.max_splits;
-  float largest = -INFINITY;
-  for (int s = first; s <= last; ++s) largest = fmaxf(largest, p.ml[at + s].x);
-  float sum = 0.0f, o = 0.0f;
-#pragma unroll 4
-  for (int s = first; s <= last; ++s) {
-    const float2 ml = p.ml[at + s];
-    const float w = expf(ml.x - largest);
-    sum = fmaf(w, ml.y, sum);
-    o = fmaf(w, p.o[(at + s) * head_dim + d], o);
-  }
-  const float v = o / sum;
-  const int64_t index = (static_cast<int64_t>(p.row0 + row) * p.a.n_head + head) * head_dim + d;
-  out[index] = v;
-  if (quant.q != nullptr) quantize_group(v, quant.q + (index & ~int64_t{31}), quant.scale + index / 32);
-}
-
-int splits_for(int n_keys) { return (n_keys + kSplitKeys - 1) / kSplitKeys; }
+int splits_for(int n_keys) { return split_of(n_keys - 1) + 1; }
 
 size_t bytes_per_row(const Attention& a, int n_keys) {
   return static_cast<size_t>(a.n_head) * static_cast<size_t>(splits_for(n_keys)) *
          (static_cast<size_t>(a.head_dim) * sizeof(float) + sizeof(float2));
 }
 
-// Rows of one launch: as many as 64 MiB of partial results allow, but always those of a decode or verify step.
+// Rows of one launch: as many as 64 MiB of partial results and the counters allow, but always those of a verify step.
 int rows_per_launch(const Attention& a, int rows, int n_keys) {
   const size_t fit = (size_t{64} << 20) / bytes_per_row(a, n_keys);
   const int floor = 16;
-  const int limit = fit > 1024 ? 1024 : static_cast<int>(fit) > floor ? static_cast<int>(fit) : floor;
+  const int most = kAttentionCounters / a.n_head > floor ? kAttentionCounters / a.n_head : floor;
+  const int limit = fit > static_cast<size_t>(most) ? most : static_cast<int>(fit) > floor ? static_cast<int>(fit) : floor;
   return rows < limit ? rows : limit;
 }
 
@@ -275,7 +316,7 @@ size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys) {
 }
 
 void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0, int n_keys, const float* q,
-                      const KvLayer& kv, float* scratch, float* out, MutableQuantRows quant) {
+                      const KvLayer& kv, float* scratch, int* arrived, float* out, MutableQuantRows quant) {
   const int chunk = rows_per_launch(a, rows, n_keys);
   AttentionArgs args;
   args.a = a;
@@ -284,6 +325,9 @@ void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0
   args.max_splits = splits_for(n_keys);
   args.q = q;
   args.kv = kv;
+  args.arrived = arrived;
+  args.out = out;
+  args.quant = quant;
   args.ml = reinterpret_cast<float2*>(scratch);
   args.o = scratch + 2 * static_cast<int64_t>(chunk) * a.n_head * args.max_splits;
   for (int row = 0; row < rows; row += chunk) {
@@ -295,8 +339,6 @@ void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0
       case DType::Q8_0: split_of_type<DType::Q8_0>(s, args); break;
       default: fail("GPU: a KV cache is F32, F16 or Q8_0, not ", dtype_info(kv.type).name);
     }
-    gpu::launch(s, dim3(static_cast<unsigned>(a.n_head), static_cast<unsigned>(args.rows)),
-                static_cast<unsigned>(a.head_dim), attention_add_kernel, args, out, quant);
   }
 }
 

@@ -14,37 +14,58 @@ inline constexpr int kFewRows = 16;
 template <int Rows>
 using Partial = float[kSegments][Rows][kTile];
 
-// acc[r] = segment's dot products of the lane's output row with rows row_of(0) .. row_of(R - 1) of x.
-template <typename F, int R, typename RowOf>
-__device__ inline void dot_segment(const TileView<F>& tile, int g0, int g1, const QuantRows& x, RowOf row_of,
-                                   float (&acc)[R]) {
-  // Groups of weights in flight; every row needs scalar registers for its activations.
-  constexpr int kAhead = R == 1 ? 4 : F::kQuantBytes == 512 ? 2 : 1;
+// acc[m][r] = the segment's dot products of the lane's output row of tile m with rows row_of(0) .. row_of(R - 1) of x.
+template <typename F, int Tiles, int R, typename RowOf>
+__device__ inline void dot_segment(const TileView<F> (&tiles)[Tiles], int g0, int g1, const QuantRows& x, RowOf row_of,
+                                   float (&acc)[Tiles][R]) {
+  // Groups of weights loaded ahead; every row needs scalar registers for its activations.
+  constexpr int kAhead = gpu::kDotAhead[R == 1 ? 0 : 1] >= Tiles ? gpu::kDotAhead[R == 1 ? 0 : 1] / Tiles : 1;
+  struct Batch {
+    typename F::Raw raw[Tiles][kAhead];
+  };
   const int lane = gpu::lane();
   const int groups = static_cast<int>(x.n / 32);
-  int64_t at[R];  // first group of each row
+  uint32_t at[R];  // first group of each row
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    at[r] = static_cast<int64_t>(row_of(r)) * groups;
-    acc[r] = 0.0f;
-  }
-  auto step = [&](const typename F::Raw& raw, int g) {
-    const typename F::Block b = F::unpack(raw);
+    at[r] = static_cast<uint32_t>(row_of(r) * groups);
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int4* q = reinterpret_cast<const int4*>(x.q + (at[r] + g) * 32);
-      acc[r] = F::accumulate(b, q[0], q[1], x.scale[at[r] + g], acc[r]);
+    for (int m = 0; m < Tiles; ++m) acc[m][r] = 0.0f;
+  }
+  auto load = [&](Batch& b, int g) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int group = min(g + i, g1 - 1);  // past the end: the last one again
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m) {
+        b.raw[m][i] = F::load(tiles[m].group_quants(group), tiles[m].group_scales(group), lane);
+      }
     }
   };
-  int g = g0;
-  for (; g + kAhead <= g1; g += kAhead) {
-    typename F::Raw raw[kAhead];
+  if (g0 >= g1) return;
+  Batch next;
+  load(next, g0);
+  for (int g = g0; g < g1; g += kAhead) {
+    const Batch now = next;
+    if (g + kAhead < g1) load(next, g + kAhead);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) raw[i] = F::load(tile.group_quants(g + i), tile.group_scales(g + i), lane);
+    for (int i = 0; i < kAhead; ++i) {
+      if (g + i < g1) {
+        typename F::Block block[Tiles];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) step(raw[i], g + i);
+        for (int m = 0; m < Tiles; ++m) block[m] = F::unpack(now.raw[m][i]);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const uint32_t group = at[r] + static_cast<uint32_t>(g + i);
+          const int4* q = reinterpret_cast<const int4*>(x.q) + group * 2;
+          const int4 q0 = q[0], q1 = q[1];
+          const GroupScale scale = x.scale[group];
+#pragma unroll
+          for (int m = 0; m < Tiles; ++m) acc[m][r] = F::accumulate(block[m], q0, q1, scale, acc[m][r]);
+        }
+      }
+    }
   }
-  for (; g < g1; ++g) step(F::load(tile.group_quants(g), tile.group_scales(g), lane), g);
 }
 
 // The same for up to 16 rows by matrix instructions; Blocks * kMmaTokens >= count. Writes out[row][output].
@@ -65,6 +86,7 @@ __device__ inline void mma_segment(const TileView<F>& tile, int g0, int g1, cons
 #pragma unroll
     for (int i = 0; i < gpu::kMmaAcc; ++i) acc[0][b][i] = acc[1][b][i] = 0.0f;
   }
+#pragma unroll gpu::kMmaUnroll
   for (int g = g0; g < g1; ++g) {
     const uint8_t* quants = tile.group_quants(g);
     const uint16_t* scales = tile.group_scales(g);
@@ -115,20 +137,23 @@ __device__ inline void mma_segment(const TileView<F>& tile, int g0, int g1, cons
   }
 }
 
-// The wave's segment of tile times the rows row_of(0) .. row_of(count - 1) into partial. The choice of code depends on
-// count alone, which is the same for the whole block; MaxRows bounds it at compile time.
-template <typename F, int MaxRows, typename RowOf>
-__device__ inline void tile_segment(const TileView<F>& tile, int groups, const QuantRows& x, RowOf row_of, int count,
-                                    Partial<MaxRows>& partial) {
+// The wave's segment of the tiles times the rows row_of(0) .. row_of(count - 1) into partial[tile]. The choice of code
+// depends on count alone, which is the same for the whole block; MaxRows bounds it at compile time.
+template <typename F, int Tiles, int MaxRows, typename RowOf>
+__device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int groups, const QuantRows& x, RowOf row_of,
+                                     int count, Partial<MaxRows> (&partial)[Tiles]) {
   const int segment = gpu::wave();
   const int per = segment_groups(groups);
   const int g0 = min(segment * per, groups), g1 = min(g0 + per, groups);
   auto dot = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    float acc[R];
-    dot_segment<F, R>(tile, g0, g1, x, row_of, acc);
+    float acc[Tiles][R];
+    dot_segment<F, Tiles, R>(tiles, g0, g1, x, row_of, acc);
 #pragma unroll
-    for (int r = 0; r < R; ++r) partial[segment][r][gpu::lane()] = acc[r];
+    for (int m = 0; m < Tiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) partial[m][segment][r][gpu::lane()] = acc[m][r];
+    }
   };
   if constexpr (MaxRows == 1) {
     dot(std::integral_constant<int, 1>{});
@@ -147,14 +172,26 @@ __device__ inline void tile_segment(const TileView<F>& tile, int groups, const Q
       }
     }
     if constexpr (MaxRows >= gpu::kMmaFromRows) {
-      if (count <= gpu::kMmaTokens) {
-        mma_segment<F, 1>(tile, g0, g1, x, row_of, count, partial[segment]);
-      } else {
-        mma_segment<F, (kFewRows + gpu::kMmaTokens - 1) / gpu::kMmaTokens>(tile, g0, g1, x, row_of, count,
-                                                                            partial[segment]);
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m) {
+        if (count <= gpu::kMmaTokens) {
+          mma_segment<F, 1>(tiles[m], g0, g1, x, row_of, count, partial[m][segment]);
+        } else {
+          mma_segment<F, (kFewRows + gpu::kMmaTokens - 1) / gpu::kMmaTokens>(tiles[m], g0, g1, x, row_of, count,
+                                                                              partial[m][segment]);
+        }
       }
     }
   }
+}
+
+// Asks for the wave's segment of a tile in one go, so that reading it in pieces finds it near.
+template <typename F>
+__device__ inline void prefetch_segment(const TileView<F>& tile, int groups) {
+  const int per = segment_groups(groups);
+  const int g0 = min(gpu::wave() * per, groups), g1 = min(g0 + per, groups);
+  gpu::prefetch(tile.group_quants(g0), (g1 - g0) * F::kQuantBytes);
+  gpu::prefetch(tile.group_scales(g0), (g1 - g0) * kTile * F::kHalves * 2);
 }
 
 // The runs added in order: output `column` of the tile for row r.

@@ -41,7 +41,8 @@ __device__ inline void float_dot(const typename FloatFormat<T>::Element* w, cons
   constexpr int kQuad = V >= 4 ? 4 : 1;
 #pragma unroll
   for (int r = 0; r < R; ++r) acc[r] = 0.0f;
-#pragma unroll 2
+  constexpr int kUnroll = R == 1 ? 8 : R == 2 ? 4 : 2;
+#pragma unroll kUnroll
   for (int64_t i = gpu::lane() * V; i < n; i += gpu::kWave * V) {
     const Vector v = *reinterpret_cast<const Vector*>(w + i);
 #pragma unroll

@@ -157,12 +157,12 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// A hint: these bytes will be read soon. Weights only, before wait_for_previous().
-__device__ inline void prefetch(const void* p) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#else
-  (void)p;
+// A hint by a wave: these bytes (a multiple of 16) will be read soon.
+__device__ inline void prefetch([[maybe_unused]] const void* p, [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (bytes > 0 && threadIdx.x % 32 == 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+  }
 #endif
 }
 
@@ -183,6 +183,15 @@ __device__ inline T shuffle_xor(T v, int mask) {
   return __shfl_xor(v, mask, kWave);
 #else
   return __shfl_xor_sync(0xffffffffu, v, mask);
+#endif
+}
+
+template <typename T>
+__device__ inline T shuffle(T v, int from) {
+#if defined(DFLASH_GPU_HIP)
+  return __shfl(v, from, kWave);
+#else
+  return __shfl_sync(0xffffffffu, v, from);
 #endif
 }
 
@@ -303,9 +312,15 @@ __device__ inline int dot4(int a, int b, int c) {
 // the same bits either way.
 #if defined(DFLASH_GPU_HIP)
 inline constexpr int kMmaFromRows = 6;
+inline constexpr int kMmaUnroll = 1;        // groups in a loop body
+inline constexpr int kAttentionUnroll = 1;  // steps over head_dim in a loop body; unrolled, they need too many registers
+inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
 inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
 #else
 inline constexpr int kMmaFromRows = 3;
+inline constexpr int kMmaUnroll = 4;
+inline constexpr int kAttentionUnroll = 4;
+inline constexpr int kDotAhead[] = {8, 4};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
 #endif
 inline constexpr int kMmaAcc = kMmaRows * kMmaToks;

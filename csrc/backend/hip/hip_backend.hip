@@ -175,9 +175,6 @@ class HipBackend final : public Backend {
 
   void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) override {
     begin_op();
-    if (p.norm == QkNorm::whole && (p.head_dim & (p.head_dim - 1)) != 0) {
-      fail("GPU: a norm over the whole q and k needs a head_dim that is a power of two, not ", p.head_dim);
-    }
     launch_qkv_post(stream_, p, step.rows, position(step), q, k, v, kv);
   }
 
@@ -187,7 +184,7 @@ class HipBackend final : public Backend {
     float* partials = scratch<float>(Scratch::kPartials, attention_scratch_bytes(a, step.rows, n_keys));
     const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
     const MutableQuantRows quant = mutable_quant(Scratch::kQuant, step.rows, n);
-    launch_attention(stream_, a, step.rows, position(step), n_keys, q, kv, partials, out, quant);
+    launch_attention(stream_, a, step.rows, position(step), n_keys, q, kv, partials, attention_arrived(), out, quant);
     quantized_x_ = out;
     quantized_rows_ = step.rows;
     quantized_n_ = n;
@@ -197,12 +194,12 @@ class HipBackend final : public Backend {
     begin_op();
     const int64_t n_embd = m.router->n_in;
     const bool tiled_experts = is_quantized(m.gate->type);
-    float* h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
+    float* h = nullptr;
+    if (route_needs_hidden(m, rows)) h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
     const MutableQuantRows hq = tiled_experts ? mutable_quant(Scratch::kQuant, rows, n_embd) : MutableQuantRows{};
-    launch_norm_quantize(stream_, x, m.norm, m.eps, rows, n_embd, h, hq);
     float* logits = scratch<float>(Scratch::kLogits, static_cast<size_t>(rows) * m.n_expert * sizeof(float));
     const Routing r = routing(rows, m.top_k, m.n_expert);
-    launch_route(stream_, *m.router, m.bias, h, logits, r);
+    launch_route(stream_, m, x, h, hq, logits, r);
     ++calls_;
     experts(*m.gate, *m.up, *m.down, rows, r, h, x);
   }
@@ -293,7 +290,8 @@ class HipBackend final : public Backend {
 
  private:
   static constexpr size_t kLoadChunk = size_t{32} << 20;
-  static constexpr int kCounters = 4096;  // position, distinct, then one per tile of n_embd: up to 131008 outputs
+  // position, distinct, then one for each tile of n_embd, then attention's
+  static constexpr int kTileCounters = 4094, kCounters = 2 + kTileCounters + kAttentionCounters;
 
   struct Recording {
     bool warm = false;
@@ -307,6 +305,8 @@ class HipBackend final : public Backend {
   int* position_slot() const { return static_cast<int*>(counters_.get()); }
   int* distinct_slot() const { return static_cast<int*>(counters_.get()) + 1; }
   int* arrived_slots() const { return static_cast<int*>(counters_.get()) + 2; }
+
+  int* attention_arrived() const { return arrived_slots() + kTileCounters; }
 
   Position position(Step step) const {
     Position p;
@@ -425,7 +425,7 @@ class HipBackend final : public Backend {
       fail("GPU: gate, up and down must be quantised alike, not ", dtype_info(gate.type).name, ", ",
            dtype_info(up.type).name, " and ", dtype_info(down.type).name);
     }
-    if ((n_embd + kTile - 1) / kTile > kCounters - 2) fail("GPU: n_embd ", n_embd, " is too large");
+    if ((n_embd + kTile - 1) / kTile > kTileCounters) fail("GPU: n_embd ", n_embd, " is too large");
     float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * n_embd) * sizeof(float));
     if (!is_quantized(gate.type)) {
       float* act = scratch<float>(Scratch::kActFloat, static_cast<size_t>(pairs * n_ff) * sizeof(float));

@@ -39,13 +39,13 @@ void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int row
 // ---- moe.hip, experts_few.hip, experts_many.hip -----------------------------------------------------------------------
 // Which expert computes what. A pair is (row, slot), numbered row * top_k + slot; an item is a run of at most
 // `chunk` pairs of one expert.
-struct Item {
-  int expert, first, count;
+struct alignas(16) Item {
+  int expert, first, count, unused;
 };
 struct Routing {
   int rows = 0, top_k = 0, chunk = 0, max_items = 0;
   int* n_items = nullptr;      // [1]
-  Item* items = nullptr;       // [max_items], by expert
+  Item* items = nullptr;       // [max_items], by expert; past n_items: count 0
   int* pairs = nullptr;        // [rows * top_k] pair numbers, sorted by expert
   float* weights = nullptr;    // [rows * top_k] by pair number
   int* experts = nullptr;      // [rows * top_k] by pair number
@@ -57,8 +57,10 @@ inline int max_items(int rows, int top_k, int n_expert, int chunk) {
   return rows <= chunk ? (pairs < n_expert ? pairs : n_expert) : pairs / chunk + n_expert;
 }
 
-// logits [rows, n_expert] = router * h, then the choice and the grouping.  h [rows, n_embd]
-void launch_route(gpu::Stream s, const Weight& router, const float* bias, const float* h, float* logits, Routing r);
+// h = rms_norm(x), its int8 groups (where hq is not null), logits [rows, n_expert] = router * h, then the choice and the
+// grouping. h [rows, n_embd] is written where it is given; it must be when route_needs_hidden().
+bool route_needs_hidden(const Moe& m, int rows);
+void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r);
 // The one expert of a dense feed-forward: every row, weight 1.
 void launch_route_dense(gpu::Stream s, Routing r);
 
@@ -82,11 +84,12 @@ void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, QuantR
 inline constexpr int kManyTokens = 64;  // tokens of a tile there
 
 // ---- attention.hip ----------------------------------------------------------------------------------------------------
-inline constexpr int kSplitKeys = 256;  // keys of one split, cut at multiples of it from position 0
+inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
-// n_keys bounds pos0 + rows (in a recorded step: the whole cache). quant: also the int8 groups of out, or null.
+// n_keys bounds pos0 + rows (in a recorded step: the whole cache). arrived [kAttentionCounters], zero between launches.
+// quant: the int8 groups of out.
 void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0, int n_keys, const float* q,
-                      const KvLayer& kv, float* scratch, float* out, MutableQuantRows quant);
+                      const KvLayer& kv, float* scratch, int* arrived, float* out, MutableQuantRows quant);
 
 // ---- small_ops.hip ----------------------------------------------------------------------------------------------------
 void launch_embed(gpu::Stream s, const Weight& table, const int32_t* tokens, int rows, float* x);

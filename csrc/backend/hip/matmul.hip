@@ -17,28 +17,22 @@ struct OutList {
 // grid: a block per tile of any output.
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads) matmul_few_kernel(OutList list, QuantRows x, int rows, bool add) {
-  __shared__ Partial<MaxRows> partial;
+  __shared__ Partial<MaxRows> partial[1];
   int tile = static_cast<int>(blockIdx.x);
   int o = 0;
   while (tile >= list.first_tile[o + 1]) ++o;
   const TiledOut& out = list.out[o];
   tile -= list.first_tile[o];
-  const TileView<F> view(out.w, 0, tile);
+  const TileView<F> views[1] = {TileView<F>(out.w, 0, tile)};
   const int groups = out.w.groups;
-  const int per = segment_groups(groups);
-  {
-    // The weights do not depend on the kernel before: start them on their way while it ends.
-    const int g0 = min(gpu::wave() * per, groups), g1 = min(g0 + per, groups);
-    const uint8_t* first = view.group_quants(g0);
-    const int bytes = (g1 - g0) * F::kQuantBytes;
-    for (int i = gpu::lane() * 128; i < bytes; i += gpu::kWave * 128) gpu::prefetch(first + i);
-  }
+  // The weights do not depend on the kernel before: start them on their way while it ends.
+  prefetch_segment(views[0], groups);
   gpu::wait_for_previous();
-  tile_segment<F, MaxRows>(view, groups, x, [](int r) { return r; }, rows, partial);
+  tile_segments<F, 1, MaxRows>(views, groups, x, [](int r) { return r; }, rows, partial);
   __syncthreads();
   const int64_t n = static_cast<int64_t>(tile) * kTile + gpu::lane();
   for (int r = gpu::wave(); r < rows; r += kSegments) {
-    const float v = add_segments<MaxRows>(partial, segment_count(groups), r, gpu::lane());
+    const float v = add_segments<MaxRows>(partial[0], segment_count(groups), r, gpu::lane());
     if (n < out.w.n_out) {
       float* y = out.y + r * out.w.n_out + n;
       *y = add ? *y + v : v;

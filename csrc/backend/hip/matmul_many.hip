@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) gate_up_many_kernel(TiledWeight gate
     __device__ Shared() {}
   } shared;
   gpu::wait_for_previous();
-  if (static_cast<int>(blockIdx.y) >= *r.n_items) return;
   const Item item = r.items[blockIdx.y];
+  if (item.count == 0) return;
   const int* pairs = r.pairs + item.first;
   const int tile = static_cast<int>(blockIdx.x) * 2;
   auto view_of = [&](int i) {
@@ -287,8 +287,8 @@ template <typename F>
 __global__ void __launch_bounds__(kThreads) down_many_kernel(TiledWeight down, QuantRows act, Routing r, float* y) {
   __shared__ Stage<F> stages[2];
   gpu::wait_for_previous();
-  if (static_cast<int>(blockIdx.y) >= *r.n_items) return;
   const Item item = r.items[blockIdx.y];
+  if (item.count == 0) return;
   const int* pairs = r.pairs + item.first;
   const int first_tile = static_cast<int>(blockIdx.x) * kBlockTiles;
   WaveSums sum;

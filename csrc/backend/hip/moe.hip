@@ -13,63 +13,60 @@ namespace {
 constexpr int kMaxExperts = 256;
 constexpr int kPerLane = kMaxExperts / gpu::kWave;
 
-// A wave chooses one row's experts: top_k of sigmoid(logit) + bias, ties to the lowest id, in descending order.
-__device__ inline void choose_experts(const float* logits, const float* bias, int n_expert, int row, const Routing& r) {
-  float score[kPerLane], choice[kPerLane];
+// Greater for a greater value, then for a lower id; never 0.
+__device__ inline unsigned long long ranking(float value, int id) {
+  const uint32_t bits = __float_as_uint(value == value ? fmaxf(value, -3.0e38f) : -3.0e38f);  // NaN ranks last
+  const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+  return static_cast<unsigned long long>(ordered) << 32 | static_cast<uint32_t>(~id);
+}
+
+__device__ inline float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+
+// A wave chooses one row's experts: top_k of sigmoid(logit) + bias, ties to the lowest id, in descending order. Lane i
+// ends with the expert of slot i.
+__device__ inline int choose_experts(const float* logits, const float* bias, int n_expert, int row, const Routing& r) {
+  unsigned long long rank[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int e = gpu::lane() + i * gpu::kWave;
-    score[i] = 0.0f;
-    choice[i] = -INFINITY;
-    if (e >= n_expert) continue;
-    score[i] = 1.0f / (1.0f + expf(-gpu::load_fresh(logits + e)));
-    const float c = score[i] + (bias != nullptr ? bias[e] : 0.0f);
-    choice[i] = c == c ? fmaxf(c, -3.0e38f) : -3.0e38f;  // a NaN still leaves valid experts
-  }
-  float sum = 0.0f;
-  for (int slot = 0; slot < r.top_k; ++slot) {
-    float best = -INFINITY, best_score = 0.0f;
-    int best_expert = kMaxExperts;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {  // ascending ids: strictly greater keeps the lowest
-      if (choice[i] > best) {
-        best = choice[i];
-        best_score = score[i];
-        best_expert = gpu::lane() + i * gpu::kWave;
-      }
+    rank[i] = 0;
+    if (e < n_expert) {
+      rank[i] = ranking(sigmoid(gpu::load_fresh(logits + e)) + (bias != nullptr ? bias[e] : 0.0f), e);
     }
+  }
+  int mine = 0;
+  for (int slot = 0; slot < r.top_k; ++slot) {
+    unsigned long long best = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) best = rank[i] > best ? rank[i] : best;
     for (int m = gpu::kWave / 2; m > 0; m >>= 1) {
-      const float other = gpu::shuffle_xor(best, m);
-      const float other_score = gpu::shuffle_xor(best_score, m);
-      const int other_expert = gpu::shuffle_xor(best_expert, m);
-      if (other > best || (other == best && other_expert < best_expert)) {
-        best = other;
-        best_score = other_score;
-        best_expert = other_expert;
-      }
+      const unsigned long long other = gpu::shuffle_xor(best, m);
+      best = other > best ? other : best;
     }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (best_expert == gpu::lane() + i * gpu::kWave) choice[i] = -INFINITY;
+      if (rank[i] == best) rank[i] = 0;
     }
-    sum += best_score;
-    if (gpu::lane() == 0) {
-      r.experts[row * r.top_k + slot] = best_expert;
-      r.weights[row * r.top_k + slot] = best_score;
-    }
+    if (gpu::lane() == slot) mine = static_cast<int>(~static_cast<uint32_t>(best));
   }
-  if (gpu::lane() == 0) {
-    for (int slot = 0; slot < r.top_k; ++slot) r.weights[row * r.top_k + slot] /= sum;
+  const bool used = gpu::lane() < r.top_k;
+  const float score = used ? sigmoid(gpu::load_fresh(logits + mine)) : 0.0f;
+  const float sum = gpu::wave_sum(score);
+  if (used) {
+    r.experts[row * r.top_k + gpu::lane()] = mine;
+    r.weights[row * r.top_k + gpu::lane()] = score / sum;
   }
+  return mine;
 }
 
-// A block sorts all pairs by expert and cuts each expert's run into items.
-__device__ inline void group_pairs(int n_expert, const Routing& r) {
-  __shared__ int count[kMaxExperts], cursor[kMaxExperts];
+// A block sorts all pairs by expert and cuts each expert's run into items; unused items have count 0.
+template <typename ExpertOf>
+__device__ inline void group_pairs(const Routing& r, ExpertOf expert_of) {
+  __shared__ int count[kMaxExperts], cursor[kMaxExperts], n_items;
   const int n_pairs = r.rows * r.top_k;
   for (int e = threadIdx.x; e < kMaxExperts; e += blockDim.x) count[e] = 0;
   __syncthreads();
-  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) atomicAdd(&count[r.experts[p]], 1);
+  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) atomicAdd(&count[expert_of(p)], 1);
   __syncthreads();
   if (gpu::wave() == 0) {
     const int first = gpu::lane() * kPerLane;
@@ -82,52 +79,105 @@ __device__ inline void group_pairs(int n_expert, const Routing& r) {
       distinct += c > 0;
     }
     int pair_at = gpu::wave_sum_before(pairs), item_at = gpu::wave_sum_before(items);
-    if (gpu::lane() == gpu::kWave - 1) *r.n_items = item_at + items;
+    if (gpu::lane() == gpu::kWave - 1) *r.n_items = n_items = item_at + items;
     distinct = gpu::wave_sum(distinct);
-    if (gpu::lane() == 0) *r.distinct += distinct;
+    if (gpu::lane() == 0) atomicAdd(r.distinct, distinct);
     for (int i = 0; i < kPerLane; ++i) {
       const int e = first + i, c = count[e];
       cursor[e] = pair_at;
       for (int done = 0; done < c; done += r.chunk) {
-        r.items[item_at++] = {e, pair_at + done, min(r.chunk, c - done)};
+        r.items[item_at++] = {e, pair_at + done, min(r.chunk, c - done), 0};
       }
       pair_at += c;
     }
   }
   __syncthreads();
-  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) r.pairs[atomicAdd(&cursor[r.experts[p]], 1)] = p;
+  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) r.pairs[atomicAdd(&cursor[expert_of(p)], 1)] = p;
+  for (int i = n_items + threadIdx.x; i < r.max_items; i += blockDim.x) r.items[i] = {0, 0, 0, 0};
 }
 
-// Few rows: grid n_expert / 8, a wave per expert's logits; the last block to finish chooses and groups.
-template <int R>
+// Few rows: grid n_expert / 8. A block normalises each row for itself (the blocks share the work of quantising it), a
+// wave makes an expert's logits from router weights it holds in registers before the row is there; the last block to
+// finish chooses and groups. The same sums in the same order as norm_quantize and the float matmul for many rows.
+constexpr int kRouteQuads = 24;                       // float4 of router weights a lane holds
+constexpr int kRouteEmbd = kRouteQuads * 4 * gpu::kWave;  // largest n_embd
+
 __global__ void __launch_bounds__(kThreads) route_few_kernel(const float* __restrict__ router,
-                                                             const float* __restrict__ bias,
-                                                             const float* __restrict__ h, int64_t n_embd, int n_expert,
-                                                             float* logits, Routing r) {
-  gpu::wait_for_previous();
-  const int e = static_cast<int>(blockIdx.x) * kSegments + gpu::wave();
-  if (e < n_expert) {
-    int row = 0;
-    for (; row + R <= r.rows; row += R) {
-      float acc[R];
-      float_dot<DType::F32, 4, R>(router + e * n_embd, h + row * n_embd, n_embd, n_embd, acc);
+                                                             const float* __restrict__ bias, const float* __restrict__ x,
+                                                             const float* __restrict__ norm, float eps, int n_embd,
+                                                             int n_expert, MutableQuantRows hq, float* logits,
+                                                             Routing r) {
+  constexpr int kParts = kRouteEmbd / (4 * kThreads);  // float4 of a row a thread holds
+  alignas(16) __shared__ float h[kRouteEmbd];
+  __shared__ float lds[gpu::kWave];
+  __shared__ int chosen[kFewRows * gpu::kWave];
+  const int expert = static_cast<int>(blockIdx.x) * kSegments + gpu::wave();
+  auto at_lane = [&](int i) { return (i * gpu::kWave + gpu::lane()) * 4; };
+  auto at_thread = [&](int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; };
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 w[kRouteQuads], weight[kParts];
 #pragma unroll
-      for (int i = 0; i < R; ++i) {
-        if (gpu::lane() == 0) logits[(row + i) * n_expert + e] = acc[i];
+  for (int i = 0; i < kRouteQuads; ++i) {
+    w[i] = zero;
+    if (expert < n_expert && at_lane(i) < n_embd) {
+      w[i] = *reinterpret_cast<const float4*>(router + static_cast<int64_t>(expert) * n_embd + at_lane(i));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    weight[i] = zero;
+    if (at_thread(i) < n_embd) weight[i] = *reinterpret_cast<const float4*>(norm + at_thread(i));
+  }
+  if (threadIdx.x < gpu::kWave) lds[threadIdx.x] = 0.0f;
+  gpu::wait_for_previous();
+  for (int row = 0; row < r.rows; ++row) {
+    float4 v[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      v[i] = zero;
+      if (at_thread(i) < n_embd) v[i] = *reinterpret_cast<const float4*>(x + static_cast<int64_t>(row) * n_embd + at_thread(i));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {  // as if each float4 had a thread of its own
+      const float squares = fmaf(v[i].w, v[i].w, fmaf(v[i].z, v[i].z, fmaf(v[i].y, v[i].y, v[i].x * v[i].x)));
+      const float sum = gpu::wave_sum(squares);
+      if (gpu::lane() == 0) lds[i * kSegments + gpu::wave()] = sum;
+    }
+    __syncthreads();
+    const float mean = gpu::wave_sum(lds[gpu::lane()]) / static_cast<float>(n_embd);
+    const float inverse = 1.0f / sqrtf(mean + eps);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int at = at_thread(i);
+      const float4 n = make_float4((v[i].x * inverse) * weight[i].x, (v[i].y * inverse) * weight[i].y,
+                                   (v[i].z * inverse) * weight[i].z, (v[i].w * inverse) * weight[i].w);
+      *reinterpret_cast<float4*>(&h[at]) = n;
+      if (static_cast<int>(blockIdx.x) == row % static_cast<int>(gridDim.x) && hq.q != nullptr) {
+        const int64_t group = (static_cast<int64_t>(row) * n_embd + at) / 32;
+        quantize_quad(n, hq.q + group * 32, hq.scale + group, at < n_embd);
       }
     }
-    for (; row < r.rows; ++row) {
-      float acc[1];
-      float_dot<DType::F32, 4, 1>(router + e * n_embd, h + row * n_embd, n_embd, n_embd, acc);
-      if (gpu::lane() == 0) logits[row * n_expert + e] = acc[0];
+    __syncthreads();
+    float acc = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRouteQuads; ++i) {
+      const float4 a = *reinterpret_cast<const float4*>(&h[at_lane(i)]);
+      acc = fmaf(w[i].x, a.x, acc);
+      acc = fmaf(w[i].y, a.y, acc);
+      acc = fmaf(w[i].z, a.z, acc);
+      acc = fmaf(w[i].w, a.w, acc);
     }
+    acc = gpu::wave_sum(acc);
+    if (gpu::lane() == 0 && expert < n_expert) logits[row * n_expert + expert] = acc;
   }
   if (!gpu::last_to_arrive(r.arrived, static_cast<int>(gridDim.x))) return;
   for (int row = gpu::wave(); row < r.rows; row += kSegments) {
-    choose_experts(logits + row * n_expert, bias, n_expert, row, r);
+    const int mine = choose_experts(logits + row * n_expert, bias, n_expert, row, r);
+    if (gpu::lane() < r.top_k) chosen[row * r.top_k + gpu::lane()] = mine;
   }
   __syncthreads();
-  group_pairs(n_expert, r);
+  group_pairs(r, [&](int pair) { return chosen[pair]; });
 }
 
 // Many rows: a wave per row, then one block.
@@ -138,9 +188,9 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, c
   if (row < r.rows) choose_experts(logits + static_cast<int64_t>(row) * n_expert, bias, n_expert, row, r);
 }
 
-__global__ void __launch_bounds__(1024) group_kernel(int n_expert, Routing r) {
+__global__ void __launch_bounds__(1024) group_kernel(Routing r) {
   gpu::wait_for_previous();
-  group_pairs(n_expert, r);
+  group_pairs(r, [&](int pair) { return r.experts[pair]; });
 }
 
 __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
@@ -151,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
     r.weights[i] = 1.0f;
   }
   const int n = (r.rows + r.chunk - 1) / r.chunk;
-  for (int i = threadIdx.x; i < n; i += kThreads) r.items[i] = {0, i * r.chunk, min(r.chunk, r.rows - i * r.chunk)};
+  for (int i = threadIdx.x; i < n; i += kThreads) r.items[i] = {0, i * r.chunk, min(r.chunk, r.rows - i * r.chunk), 0};
   if (threadIdx.x == 0) *r.n_items = n;
 }
 
@@ -159,49 +209,58 @@ __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads) gate_up_few_kernel(TiledWeight gate, TiledWeight up, QuantRows x, Routing r,
                                                                MutableQuantRows act) {
-  __shared__ Partial<MaxRows> gate_sums, up_sums;
+  __shared__ Partial<MaxRows> sums[2];
   gpu::wait_for_previous();
-  if (static_cast<int>(blockIdx.y) >= *r.n_items) return;
   const Item item = r.items[blockIdx.y];
+  if (item.count == 0) return;
   const int tile = static_cast<int>(blockIdx.x);
   const int* pairs = r.pairs + item.first;
-  auto row_of = [&](int i) { return pairs[i] / r.top_k; };
-  tile_segment<F, MaxRows>(TileView<F>(gate, item.expert, tile), gate.groups, x, row_of, item.count, gate_sums);
-  tile_segment<F, MaxRows>(TileView<F>(up, item.expert, tile), gate.groups, x, row_of, item.count, up_sums);
+  const TileView<F> views[2] = {TileView<F>(gate, item.expert, tile), TileView<F>(up, item.expert, tile)};
+  prefetch_segment(views[0], gate.groups);
+  prefetch_segment(views[1], gate.groups);
+  tile_segments<F, 2, MaxRows>(views, gate.groups, x, [&](int i) { return pairs[i] / r.top_k; }, item.count, sums);
   __syncthreads();
   const int segments = segment_count(gate.groups);
   for (int i = gpu::wave(); i < item.count; i += kSegments) {
-    const float g = add_segments<MaxRows>(gate_sums, segments, i, gpu::lane());
-    const float u = add_segments<MaxRows>(up_sums, segments, i, gpu::lane());
+    const float g = add_segments<MaxRows>(sums[0], segments, i, gpu::lane());
+    const float u = add_segments<MaxRows>(sums[1], segments, i, gpu::lane());
     const int64_t group = static_cast<int64_t>(pairs[i]) * gate.tiles + tile;
     quantize_group(swiglu(g, u), act.q + group * 32, act.scale + group);
   }
 }
 
-// grid (tiles of n_embd, max_items): y[pair]; the last block of a tile adds the experts to its 32 columns of x.
+// grid (tiles of n_embd / 2, max_items): two tiles of y[pair]; the last block of the two adds the experts to its 64
+// columns of x.
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads) down_few_kernel(TiledWeight down, QuantRows act, Routing r, float* y,
                                                             float* x) {
-  __shared__ Partial<MaxRows> sums;
+  __shared__ Partial<MaxRows> sums[2];
   gpu::wait_for_previous();
-  const int n_items = *r.n_items;
-  if (static_cast<int>(blockIdx.y) >= n_items) return;
   const Item item = r.items[blockIdx.y];
-  const int tile = static_cast<int>(blockIdx.x);
+  if (item.count == 0) return;
+  const int n_items = *r.n_items;
+  const int tile = static_cast<int>(blockIdx.x) * 2;
   const int* pairs = r.pairs + item.first;
-  tile_segment<F, MaxRows>(TileView<F>(down, item.expert, tile), down.groups, act, [&](int i) { return pairs[i]; },
-                           item.count, sums);
+  const TileView<F> views[2] = {TileView<F>(down, item.expert, tile),
+                                TileView<F>(down, item.expert, min(tile + 1, down.tiles - 1))};
+  prefetch_segment(views[0], down.groups);
+  prefetch_segment(views[1], down.groups);
+  tile_segments<F, 2, MaxRows>(views, down.groups, act, [&](int i) { return pairs[i]; }, item.count, sums);
   __syncthreads();
   const int segments = segment_count(down.groups);
-  const int64_t n = static_cast<int64_t>(tile) * kTile + gpu::lane();
-  for (int i = gpu::wave(); i < item.count; i += kSegments) {
-    const float v = add_segments<MaxRows>(sums, segments, i, gpu::lane());
-    if (n < down.n_out) y[pairs[i] * down.n_out + n] = v;
+  for (int i = gpu::wave(); i < 2 * item.count; i += kSegments) {
+    const int half = i % 2, pair = pairs[i / 2];
+    const int64_t n = static_cast<int64_t>(tile + half) * kTile + gpu::lane();
+    const float v = add_segments<MaxRows>(sums[half], segments, i / 2, gpu::lane());
+    if (n < down.n_out) y[pair * down.n_out + n] = v;
   }
-  if (!gpu::last_to_arrive(r.arrived + tile, n_items)) return;
-  for (int row = gpu::wave(); row < r.rows; row += kSegments) {
+  if (!gpu::last_to_arrive(r.arrived + blockIdx.x, n_items)) return;
+  for (int i = gpu::wave(); i < 2 * r.rows; i += kSegments) {
+    const int row = i / 2;
+    const int64_t n = static_cast<int64_t>(tile + i % 2) * kTile + gpu::lane();
     if (n >= down.n_out) continue;
     float sum = 0.0f;
+#pragma unroll 8
     for (int slot = 0; slot < r.top_k; ++slot) {
       const int pair = row * r.top_k + slot;
       sum = fmaf(r.weights[pair], gpu::load_fresh(y + pair * down.n_out + n), sum);
@@ -229,19 +288,26 @@ unsigned u(int64_t n) { return static_cast<unsigned>(n); }
 
 }  // namespace
 
-void launch_route(gpu::Stream s, const Weight& router, const float* bias, const float* h, float* logits, Routing r) {
-  if (router.n_out > kMaxExperts) fail("GPU: ", router.n_out, " experts; at most ", kMaxExperts, " are supported");
+void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r) {
+  const Weight& router = *m.router;
+  if (router.n_out > kMaxExperts || r.top_k > gpu::kWave) {
+    fail("GPU: at most ", kMaxExperts, " experts, ", gpu::kWave, " a row, not ", router.n_out, " and ", r.top_k);
+  }
   const int n_expert = static_cast<int>(router.n_out);
-  if (r.rows > kFewRows || router.n_in % 4 != 0) {
-    launch_float_matmul(s, router, h, r.rows, logits, false);
-    gpu::launch(s, dim3(u((r.rows + kSegments - 1) / kSegments)), kThreads, choose_kernel, logits, bias, n_expert, r);
-    gpu::launch(s, dim3(1), 1024, group_kernel, n_expert, r);
+  if (r.rows <= kFewRows && h == nullptr && router.n_in % 32 == 0 && router.n_in <= kRouteEmbd) {
+    gpu::launch(s, dim3(u((n_expert + kSegments - 1) / kSegments)), kThreads, route_few_kernel,
+                static_cast<const float*>(router.data), m.bias, x, m.norm, m.eps, static_cast<int>(router.n_in), n_expert,
+                hq, logits, r);
     return;
   }
-  const dim3 grid(u((n_expert + kSegments - 1) / kSegments));
-  const float* w = static_cast<const float*>(router.data);
-  const auto kernel = r.rows == 1 ? route_few_kernel<1> : r.rows == 2 ? route_few_kernel<2> : route_few_kernel<4>;
-  gpu::launch(s, grid, kThreads, kernel, w, bias, h, router.n_in, n_expert, logits, r);
+  launch_norm_quantize(s, x, m.norm, m.eps, r.rows, router.n_in, h, hq);
+  launch_float_matmul(s, router, h, r.rows, logits, false);
+  gpu::launch(s, dim3(u((r.rows + kSegments - 1) / kSegments)), kThreads, choose_kernel, logits, m.bias, n_expert, r);
+  gpu::launch(s, dim3(1), 1024, group_kernel, r);
+}
+
+bool route_needs_hidden(const Moe& m, int rows) {
+  return rows > kFewRows || !is_quantized(m.gate->type) || m.router->n_in % 32 != 0 || m.router->n_in > kRouteEmbd;
 }
 
 void launch_route_dense(gpu::Stream s, Routing r) { gpu::launch(s, dim3(1), kThreads, dense_routing_kernel, r); }
@@ -266,7 +332,7 @@ void launch_down(gpu::Stream s, DType type, const TiledWeight& down, QuantRows a
     launch_add_experts(s, r, y, down.n_out, x);
     return;
   }
-  const dim3 grid(u(down.tiles), u(r.max_items));
+  const dim3 grid(u((down.tiles + 1) / 2), u(r.max_items));
   with_format(type, [&](auto format) {
     using F = decltype(format);
     const auto kernel = r.rows == 1   ? down_few_kernel<F, 1>

@@ -7,40 +7,95 @@ namespace dflash::hip {
 
 namespace {
 
-constexpr int kNormThreads = 512;
+constexpr int kNormThreads = 1024;
 constexpr int kNormWaves = kNormThreads / gpu::kWave;
+constexpr int kHeld = 4;                            // float4 a thread holds
+constexpr int64_t kVectorMost = kNormThreads * kHeld * 4;
 
 // The sum of v over the block's threads in a fixed order, for every thread.
 __device__ inline float block_sum(float v, float* lds) {
   v = gpu::wave_sum(v);
   if (gpu::lane() == 0) lds[gpu::wave()] = v;
   __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < kNormWaves; ++i) sum += lds[i];
-  __syncthreads();
-  return sum;
+  const int waves = static_cast<int>(blockDim.x) / gpu::kWave;
+  return gpu::wave_sum(gpu::lane() < waves ? lds[gpu::lane()] : 0.0f);
 }
 
-__device__ inline float inverse_rms(const float* x, int64_t n, float eps, float* lds) {
-  float squares = 0.0f;
-  for (int64_t i = threadIdx.x; i < n; i += kNormThreads) squares = fmaf(x[i], x[i], squares);
-  return 1.0f / sqrtf(block_sum(squares, lds) / static_cast<float>(n) + eps);
+// A thread's float4 number i of a row: all loads of a row are in flight at once.
+struct HeldRow {
+  float4 v[kHeld];
+
+  __device__ inline HeldRow(const float* x, int n) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (at(i) < n) v[i] = *reinterpret_cast<const float4*>(x + at(i));
+    }
+  }
+  static __device__ inline int at(int i) { return static_cast<int>(threadIdx.x + i * blockDim.x) * 4; }
+
+  __device__ inline float inverse_rms(int n, float eps, float* lds) const {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      squares = fmaf(v[i].x, v[i].x, squares);
+      squares = fmaf(v[i].y, v[i].y, squares);
+      squares = fmaf(v[i].z, v[i].z, squares);
+      squares = fmaf(v[i].w, v[i].w, squares);
+    }
+    return 1.0f / sqrtf(block_sum(squares, lds) / static_cast<float>(n) + eps);
+  }
+};
+
+__device__ inline float4 scaled(const float4& v, float s, const float4& w) {
+  return make_float4((v.x * s) * w.x, (v.y * s) * w.y, (v.z * s) * w.z, (v.w * s) * w.w);
 }
 
+// n a multiple of 4 (32 when quantising), at most kVectorMost. A block per row.
 __global__ void __launch_bounds__(kNormThreads) norm_quantize_kernel(const float* __restrict__ x,
-                                                                     const float* __restrict__ norm, float eps,
-                                                                     int64_t n, float* y, MutableQuantRows out) {
+                                                                     const float* __restrict__ norm, float eps, int n,
+                                                                     float* y, MutableQuantRows out) {
+  __shared__ float lds[kNormWaves];
+  const HeldRow weights(norm, norm != nullptr ? n : 0);
+  gpu::wait_for_previous();
+  const int64_t row = blockIdx.x;
+  const HeldRow held(x + row * n, n);
+  const float inverse = norm != nullptr ? held.inverse_rms(n, eps, lds) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = HeldRow::at(i);
+    if (at >= n) break;
+    float4 v = held.v[i];
+    if (norm != nullptr) v = scaled(v, inverse, weights.v[i]);
+    if (y != nullptr) *reinterpret_cast<float4*>(y + row * n + at) = v;
+    if (out.q != nullptr) quantize_quad(v, out.q + row * n + (at & ~31), out.scale + (row * n + at) / 32);
+  }
+}
+
+// Any n, one element at a time; quantising needs a multiple of 32.
+__global__ void __launch_bounds__(kNormThreads) norm_quantize_any_kernel(const float* __restrict__ x,
+                                                                         const float* __restrict__ norm, float eps,
+                                                                         int64_t n, float* y, MutableQuantRows out) {
   __shared__ float lds[kNormWaves];
   gpu::wait_for_previous();
   const int64_t row = blockIdx.x;
   const float* xr = x + row * n;
-  const float inverse = norm != nullptr ? inverse_rms(xr, n, eps, lds) : 1.0f;
+  float inverse = 1.0f;
+  if (norm != nullptr) {
+    float squares = 0.0f;
+    for (int64_t i = threadIdx.x; i < n; i += kNormThreads) squares = fmaf(xr[i], xr[i], squares);
+    inverse = 1.0f / sqrtf(block_sum(squares, lds) / static_cast<float>(n) + eps);
+  }
   for (int64_t i = threadIdx.x; i < n; i += kNormThreads) {
     const float v = norm != nullptr ? (xr[i] * inverse) * norm[i] : xr[i];
     if (y != nullptr) y[row * n + i] = v;
-    // n is a multiple of 32 here, so the lanes of a wave hold one whole group
     if (out.q != nullptr) quantize_group(v, out.q + row * n + (i & ~31), out.scale + (row * n + i) / 32);
   }
+}
+
+unsigned threads_for(int64_t n) {
+  const int64_t quads = (n / 4 + gpu::kWave - 1) / gpu::kWave * gpu::kWave;
+  return static_cast<unsigned>(quads < gpu::kWave ? gpu::kWave : quads < kNormThreads ? quads : kNormThreads);
 }
 
 // ---- q, k, v ------------------------------------------------------------------------------------------------------------
@@ -64,6 +119,32 @@ __device__ inline void store_kv(const KvLayer& kv, void* base, int head, int64_t
   }
 }
 
+// Elements dim .. dim + 3; every lane of a group of 32 takes part, `inside` says whose head exists.
+__device__ inline void store_kv_quad(const KvLayer& kv, void* base, int head, int64_t pos, int dim, const float4& v,
+                                     bool inside) {
+  const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
+  if (kv.type == DType::F32) {
+    if (inside) *reinterpret_cast<float4*>(static_cast<float*>(base) + at) = v;
+  } else if (kv.type == DType::F16) {
+    const uint32_t a = gpu::float_to_half(v.x) | static_cast<uint32_t>(gpu::float_to_half(v.y)) << 16;
+    const uint32_t b = gpu::float_to_half(v.z) | static_cast<uint32_t>(gpu::float_to_half(v.w)) << 16;
+    if (inside) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + at) = make_uint2(a, b);
+  } else {
+    float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
+    const uint16_t d = gpu::float_to_half(largest / 127.0f);
+    const float inverse = gpu::half_to_float(d) > 0.0f ? 1.0f / gpu::half_to_float(d) : 0.0f;
+    if (!inside) return;
+    const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
+    int8_t* q = static_cast<int8_t*>(base) + head * head_bytes;
+    uint16_t* scale = reinterpret_cast<uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim);
+    *reinterpret_cast<uint32_t*>(q + pos * kv.head_dim + dim) =
+        pack_bytes(quantize_one(v.x, inverse), quantize_one(v.y, inverse), quantize_one(v.z, inverse),
+                   quantize_one(v.w, inverse));
+    if (dim % 32 == 0) scale[(pos * kv.head_dim + dim) / 32] = d;
+  }
+}
+
 // Which part of a row a block works on.
 enum Part { kPartQ = 0, kPartK = 1, kPartV = 2 };
 
@@ -82,41 +163,58 @@ __device__ inline float rotate(const QkvPost& p, int i, float position, At at) {
   return i < half ? fmaf(a, cosine, -(b * sine)) : fmaf(b, cosine, a * sine);
 }
 
-// Norm over the whole vector: grid (rows, 3), a block takes all heads of q, k or v of one row.
+// Four elements at once: i a multiple of 4, v the elements i .. i + 3, other the ones half a rotation away.
+__device__ inline float4 rotate_quad(const QkvPost& p, int i, float position, const float4& v, const float4& other) {
+  const int half = p.n_rot / 2;
+  float r[4] = {v.x, v.y, v.z, v.w};
+  const float o[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int pair = (i + j) % half;
+    float sine, cosine;
+    sincosf(position * p.inv_freq[pair], &sine, &cosine);
+    sine *= p.rope_scale;
+    cosine *= p.rope_scale;
+    r[j] = i < half ? fmaf(r[j], cosine, -(o[j] * sine)) : fmaf(r[j], cosine, o[j] * sine);
+  }
+  return make_float4(r[0], r[1], r[2], r[3]);
+}
+
+__device__ inline float4 shuffle_quad(const float4& v, int mask) {
+  return make_float4(gpu::shuffle_xor(v.x, mask), gpu::shuffle_xor(v.y, mask), gpu::shuffle_xor(v.z, mask),
+                     gpu::shuffle_xor(v.w, mask));
+}
+
+// Norm over the whole vector: grid (rows, 3), a block takes all heads of q, k or v of one row. n_rot / 2 and head_dim
+// are powers of two of at least 4, so a rotation's other half is n_rot / 8 lanes away.
 __global__ void __launch_bounds__(kNormThreads) qkv_whole_kernel(QkvPost p, Position pos0, float* q, float* k,
                                                                  const float* v, KvLayer kv) {
   __shared__ float lds[kNormWaves];
-  __shared__ float head[kNormThreads];  // the heads in hand: kNormThreads / head_dim of them
-  gpu::wait_for_previous();
   const int row = static_cast<int>(blockIdx.x);
   const int part = static_cast<int>(blockIdx.y);
+  const int n = (part == kPartQ ? p.n_head : p.n_head_kv) * p.head_dim;
+  const HeldRow weights(part == kPartQ ? p.q_norm : p.k_norm, part != kPartV ? n : 0);
+  gpu::wait_for_previous();
   if (part == kPartQ && q == nullptr) return;
   const int64_t position = pos0.get() + row;
-  const int n = (part == kPartQ ? p.n_head : p.n_head_kv) * p.head_dim;
-  const int dim = static_cast<int>(threadIdx.x) % p.head_dim;
-  if (part == kPartV) {
-    for (int i = threadIdx.x; i < n; i += kNormThreads) {
-      store_kv(kv, kv.v, i / p.head_dim, position, dim, v[static_cast<int64_t>(row) * n + i]);
+  const float* x = (part == kPartQ ? q : part == kPartK ? k : v) + static_cast<int64_t>(row) * n;
+  const HeldRow held(x, n);
+  const float inverse = part != kPartV ? held.inverse_rms(n, p.eps, lds) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = HeldRow::at(i), dim = at % p.head_dim;
+    if (HeldRow::at(i) - 4 * gpu::lane() >= n) break;  // the whole wave is past the end
+    float4 r = held.v[i];
+    if (part != kPartV) {
+      r = scaled(r, inverse, weights.v[i]);
+      const float4 other = shuffle_quad(r, p.n_rot / 8);
+      if (dim < p.n_rot) r = rotate_quad(p, dim, static_cast<float>(position), r, other);
     }
-    return;
-  }
-  float* x = (part == kPartQ ? q : k) + static_cast<int64_t>(row) * n;
-  const float* norm = part == kPartQ ? p.q_norm : p.k_norm;
-  const float inverse = inverse_rms(x, n, p.eps, lds);
-  for (int first = 0; first < n; first += kNormThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    if (i < n) head[threadIdx.x] = (x[i] * inverse) * norm[i];
-    __syncthreads();
-    if (i < n) {
-      const float* mine = head + (threadIdx.x - dim);
-      const float r = rotate(p, dim, static_cast<float>(position), [&](int j) { return mine[j]; });
-      if (part == kPartQ) {
-        x[i] = r;
-      } else {
-        store_kv(kv, kv.k, i / p.head_dim, position, dim, r);
-      }
+    if (part == kPartQ) {
+      if (at < n) *reinterpret_cast<float4*>(q + static_cast<int64_t>(row) * n + at) = r;
+    } else {
+      store_kv_quad(kv, part == kPartK ? kv.k : kv.v, at / p.head_dim, position, dim, r, at < n);
     }
-    __syncthreads();
   }
 }
 
@@ -158,18 +256,31 @@ __global__ void __launch_bounds__(gpu::kWave) qkv_per_head_kernel(QkvPost p, Pos
 
 void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, float eps, int rows, int64_t n, float* y,
                           MutableQuantRows q) {
-  gpu::launch(s, dim3(static_cast<unsigned>(rows)), kNormThreads, norm_quantize_kernel, x, norm, eps, n, y, q);
+  const dim3 grid(static_cast<unsigned>(rows));
+  if (n % 4 == 0 && n <= kVectorMost) {
+    gpu::launch(s, grid, threads_for(n), norm_quantize_kernel, x, norm, eps, static_cast<int>(n), y, q);
+  } else {
+    gpu::launch(s, grid, kNormThreads, norm_quantize_any_kernel, x, norm, eps, n, y, q);
+  }
 }
 
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
                      const KvLayer& kv) {
   const unsigned n = static_cast<unsigned>(rows);
-  if (p.norm == QkNorm::whole) {
-    gpu::launch(s, dim3(n, 3), kNormThreads, qkv_whole_kernel, p, pos0, q, k, v, kv);
-  } else {
+  if (p.norm == QkNorm::per_head) {
     gpu::launch(s, dim3(n, static_cast<unsigned>(p.n_head + 2 * p.n_head_kv)), gpu::kWave, qkv_per_head_kernel, p, pos0,
                 q, k, v, kv);
+    return;
   }
+  const int64_t widest = static_cast<int64_t>(p.n_head) * p.head_dim;
+  const int half = p.n_rot / 2;
+  if (widest > kVectorMost || half < 4 || half > 64 || (half & (half - 1)) != 0 || p.head_dim % p.n_rot != 0 ||
+      (p.head_dim & (p.head_dim - 1)) != 0) {
+    fail("GPU: a norm over the whole q and k needs at most ", kVectorMost,
+         " elements, and head_dim and n_rot that are powers of two (8..128 rotated), not ", widest, ", ", p.head_dim,
+         " and ", p.n_rot);
+  }
+  gpu::launch(s, dim3(n, 3), threads_for(widest), qkv_whole_kernel, p, pos0, q, k, v, kv);
 }
 
 }  // namespace dflash::hip

@@ -1,0 +1,175 @@
+// Times whole forward passes of the target (and drafter) on the CPU backend, without Python in between.
+//   bench_model (--gguf FILE [--drafter FILE] | --slab) [--threads N] [--isa NAME] [--rows 1,2,4,8] [--prefill 128,512]
+//               [--seconds S] [--ctx N] [--no-repack] [--precise] [--wall]
+// --slab: two layers of full MiniMax-M2.7 shape, Q4_0, vocabulary 8192, random weights. Prints, tab separated:
+//   what rows microseconds(median) microseconds(fastest tenth) bytes(read once: attention, distinct experts, router,
+//   head)
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <functional>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "model/dflash_drafter.h"
+#include "model/minimax_m2.h"
+
+using namespace dflash;
+
+namespace {
+
+bool cpu_clock = false;  // one thread: its own CPU clock, which other processes disturb less
+double now() {
+  if (!cpu_clock) return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+std::vector<double> times(const std::function<void()>& f, double budget) {
+  f();
+  std::vector<double> t;
+  for (const double end = now() + budget; now() < end || t.size() < 3;) {
+    const double start = now();
+    f();
+    t.push_back(now() - start);
+  }
+  std::sort(t.begin(), t.end());
+  return t;
+}
+
+std::vector<int> numbers(const std::string& list) {
+  std::vector<int> v;
+  std::istringstream in(list);
+  for (std::string n; std::getline(in, n, ',');) v.push_back(std::atoi(n.c_str()));
+  return v;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  BackendOptions options;
+  std::string gguf, drafter_gguf;
+  std::vector<int> rows_list = {1, 2, 4, 8}, prefill_list = {128, 512};
+  double seconds = 1.0;
+  int ctx = 0;
+  bool slab = false, wall = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string a = argv[i];
+    if (a == "--slab") {
+      slab = true;
+      continue;
+    }
+    if (a == "--wall") {
+      wall = true;
+      continue;
+    }
+    if (a == "--no-repack") {
+      options.repack = false;
+      continue;
+    }
+    if (a == "--precise") {
+      options.precise = true;
+      continue;
+    }
+    const std::string v = ++i < argc ? argv[i] : "";
+    if (a == "--threads") options.n_threads = std::atoi(v.c_str());
+    if (a == "--isa") options.cpu_isa = v;
+    if (a == "--gguf") gguf = v;
+    if (a == "--drafter") drafter_gguf = v;
+    if (a == "--rows") rows_list = numbers(v);
+    if (a == "--prefill") prefill_list = numbers(v);
+    if (a == "--seconds") seconds = std::atof(v.c_str());
+    if (a == "--ctx") ctx = std::atoi(v.c_str());
+  }
+  cpu_clock = options.n_threads == 1 && !wall;
+  const auto backend = make_cpu_backend(options);
+  Backend& b = *backend;
+  std::printf("backend\t%s\n", b.describe().c_str());
+  const double open_start = now();
+  std::unique_ptr<MiniMaxM2> model;  // "load" includes a first token, as opening a file for use does
+  if (slab) {
+    TargetConfig c;
+    c.n_layer = 2;
+    c.n_embd = 3072;
+    c.n_head = 48;
+    c.n_head_kv = 8;
+    c.head_dim = 128;
+    c.n_expert = 256;
+    c.n_expert_used = 8;
+    c.n_ff = 1536;
+    c.n_vocab = 8192;
+    c.rope = make_rope(64, 5e6);
+    model = MiniMaxM2::random(c, DType::Q4_0, DType::Q4_0, b, 1);
+  } else {
+    model = MiniMaxM2::load(Gguf::open(gguf), b, nullptr);
+  }
+  const TargetConfig& c = model->config();
+  const int max_rows = std::max(*std::max_element(rows_list.begin(), rows_list.end()),
+                                prefill_list.empty() ? 1 : *std::max_element(prefill_list.begin(), prefill_list.end()));
+  MiniMaxM2::Scratch scratch(b, c, max_rows);
+  const KvCache kv(b, c.n_layer, c.n_head_kv, c.head_dim, ctx + max_rows + 64, DType::F16);
+  std::vector<float> logits(static_cast<size_t>(std::max(16, *std::max_element(rows_list.begin(), rows_list.end()))) *
+                            static_cast<size_t>(c.n_vocab));
+  std::mt19937 rng(7);
+  std::vector<int32_t> tokens(1 << 16);
+  for (int32_t& t : tokens) t = static_cast<int32_t>(rng() % static_cast<unsigned>(c.n_vocab));
+  size_t at = 0;
+
+  const auto report = [&](const char* what, int rows, const std::function<void()>& f, bool target) {
+    (void)b.take_expert_count();
+    int calls = 0;
+    const std::vector<double> t = times([&] { ++calls, f(); }, seconds);
+    const double distinct = static_cast<double>(b.take_expert_count().distinct) / calls;
+    const double fixed = static_cast<double>(model->bytes_per_token() - model->expert_bytes_per_token());
+    const double expert = static_cast<double>(model->expert_bytes_per_token()) / (c.n_layer * c.n_expert_used);
+    std::printf("%s\t%d\t%.1f\t%.1f\t%.0f\n", what, rows, t[t.size() / 2] * 1e6, t[t.size() / 10] * 1e6,
+                target ? fixed + distinct * expert : 0.0);
+    std::fflush(stdout);
+  };
+  const auto forward = [&](int rows, int pos, bool all_logits) {
+    at = (at + static_cast<size_t>(rows)) % (tokens.size() - static_cast<size_t>(max_rows));
+    model->forward(b, scratch, {rows, pos}, tokens.data() + at, kv, nullptr);
+    model->logits(b, scratch, all_logits ? 0 : rows - 1, all_logits ? rows : 1, logits.data());
+  };
+  forward(1, 0, true);
+  std::printf("load\t1\t%.0f\n", (now() - open_start) * 1e6);
+  for (int p = 0; p < ctx; p += max_rows) forward(std::min(max_rows, ctx - p), p, false);
+  for (const int rows : rows_list) {
+    int pos = ctx;
+    report(
+        "step", rows,
+        [&] {
+          forward(rows, pos, true);
+          pos = pos + rows + rows <= kv.n_ctx() ? pos + rows : ctx;
+        },
+        true);
+  }
+  for (const int rows : prefill_list) report("prefill", rows, [&] { forward(rows, ctx, false); }, true);
+
+  if (!drafter_gguf.empty()) {
+    const auto file = Gguf::open(drafter_gguf);
+    const DrafterConfig dc = read_drafter_config(*file);
+    const auto drafter = DFlashDrafter::load(file, dc, *model, b, nullptr);
+    DFlashDrafter::Scratch ds(b, dc, std::max(64, dc.block_size));
+    const KvCache dkv(b, dc.n_layer, dc.n_head_kv, dc.head_dim, 1024, DType::F16);
+    std::vector<float> taps(64 * dc.target_layers.size() * static_cast<size_t>(c.n_embd), 0.1f);
+    for (int p = 0; p < 256; p += 64) drafter->ingest(b, ds, {64, p}, taps.data(), dkv);
+    for (const int n : {1, 3, 4, 7, 15}) {
+      if (n >= dc.block_size) break;
+      report("draft slots", n, [&] { drafter->draft(b, ds, 5, 256, n, n + 1, dkv, logits.data()); }, false);
+    }
+    for (const int n : {1, 4})
+      report("ingest rows", n, [&] { drafter->ingest(b, ds, {n, 256}, taps.data(), dkv); }, false);
+  }
+  return 0;
+} catch (const Error& e) {
+  std::fprintf(stderr, "%s\n", e.what());
+  return 1;
+}

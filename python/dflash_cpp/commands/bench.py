@@ -1,0 +1,118 @@
+"""dflash-cpp bench"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .. import _core, benchmark, plots
+from ..corpus import write_json_atomically
+from ..errors import DFlashError
+from ..options import BACKENDS, KV_TYPES, check_path
+from . import common
+from .eval import load_samples
+
+_EXAMPLES = """\
+  dflash-cpp bench --target m2.gguf --drafter m2-dflash.gguf --data chat.jsonl --plot speed.png
+  dflash-cpp bench --synthetic m2.7-2layer --simulate-accept 0.638,0.373,0.191,0.087 --json card.json
+  dflash-cpp bench --synthetic m2.7,n_layer=8 --depths 1,2,auto --contexts 128,4096"""
+
+_T = TypeVar("_T")
+
+
+def comma_list(item: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
+    """An argparse type of comma-separated items."""
+
+    def parse(text: str) -> tuple[_T, ...]:
+        try:
+            return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, found {text!r}") from None
+
+    return parse
+
+
+def add(subparsers: common.Subparsers) -> None:
+    """Declares the command."""
+    d = benchmark.BenchOptions()
+    summary = "measure plain decoding, fixed depths and the automatic one side by side"
+    parser = common.add_command(subparsers, "bench", run, summary, _EXAMPLES)
+    source = parser.add_argument_group("model")
+    source.add_argument("--target", metavar="FILE", help="target GGUF")
+    source.add_argument("--drafter", metavar="FILE", help="drafter GGUF; without it only plain decoding is measured")
+    shapes = ", ".join(benchmark.SHAPES)
+    source.add_argument("--synthetic", metavar="SHAPE", help=f"random weights: {shapes}, and k=v,... to change a shape")
+    source.add_argument("--backend", choices=BACKENDS, default="auto")
+    source.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all usable cores)")
+    source.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--depths", type=comma_list(common.depth_value), default=None, metavar="N,...,auto",
+                       help="beside plain decoding (default: 1,2,3,4,7,15,auto)")  # fmt: skip
+    group.add_argument("--contexts", type=comma_list(int), default=d.contexts, metavar="N,...", help="prompt lengths")
+    group.add_argument("--rounds", type=int, default=d.rounds, metavar="N", help="turns (default: %(default)s)")
+    group.add_argument("--max-tokens", "-n", type=int, default=d.max_tokens, metavar="N", help="default: %(default)s")
+    group.add_argument("--temperature", type=float, default=d.temperature, metavar="T", help="0: greedy")
+    group.add_argument("--seed", type=int, default=d.seed, metavar="N")
+    group.add_argument("--lookup", action="store_true", help="let prompt lookup compete in auto")
+    group.add_argument("--simulate-accept", type=comma_list(float), default=(), metavar="P,...",
+                       help="impose the chance that drafts 1..n all stand")  # fmt: skip
+    group.add_argument("--data", nargs="+", metavar="FILE", help="prompts are cut from here (default: random tokens)")
+    group.add_argument("--json", metavar="FILE", help="write all numbers there")
+    group.add_argument("--plot", metavar="PNG", help="draw them (needs matplotlib: pip install 'dflash-cpp[plot]')")
+
+
+def load_model(args: argparse.Namespace) -> _core.Model:
+    """The files' model, or a synthetic one."""
+    if (args.target is None) == (args.synthetic is None):
+        raise DFlashError("expected either --target or --synthetic")
+    if args.synthetic is not None:
+        target, drafter = benchmark.synthetic_shape(args.synthetic)
+        return _core.Model.synthetic(target, drafter, backend=args.backend, n_threads=args.threads)
+    drafter_path = None if args.drafter is None else check_path("drafter", args.drafter)
+    with common.byte_progress(common.stderr_console()) as progress:
+        return _core.Model(
+            check_path("target", args.target), drafter_path, backend=args.backend, n_threads=args.threads,
+            progress=progress,
+        )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints tables; 0."""
+    if args.plot is not None:
+        plots.need_matplotlib()
+    tokens: Any = None
+    if args.data is not None:
+        if args.target is None:
+            raise DFlashError("--data: expected --target, whose tokens they are")
+        tokens = np.concatenate([s.tokens for s in load_samples(args, args.data, None)])
+    model = load_model(args)
+    block = 1 if model.drafter_config is None else int(model.drafter_config["block_size"])
+    depths = args.depths
+    if depths is None:
+        default = benchmark.BenchOptions().depths
+        depths = tuple(d for d in default if block > 1 and (d == "auto" or d < block))
+    options = benchmark.BenchOptions(
+        depths=depths,
+        contexts=args.contexts,
+        rounds=args.rounds,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        simulate_accept=args.simulate_accept,
+        lookup=args.lookup,
+        kv_type=args.kv_type,
+    )
+    bench = benchmark.Benchmark(model, options, tokens)
+    console = common.stderr_console()
+    with common.count_progress(console, "measurements") as progress:
+        result = bench.run(progress)
+    for table in benchmark.tables(result):
+        common.stdout_console().print(table)
+    if args.json is not None:
+        write_json_atomically(args.json, result)
+    if args.plot is not None:
+        plots.plot_bench(result, args.plot)
+    return 0

@@ -1,0 +1,181 @@
+"""The acceptance table of a drafter: how long the leading run of its greedy drafts agrees with held-out text.
+
+The greedy proxy of drafter training (m_accept, k cumulative): at an anchor inside a sequence that the target wrote, one
+block is drafted from everything before it and compared with what follows. On the target's own greedy text it equals
+greedy verification. The target runs once over each sequence; blocks are drafted from the last anchor to the first, so
+that each costs one drafter run (a session keeps the prefix that its cache shares with a request).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+
+from . import _core
+from .corpus import Sample
+from .errors import CapacityError, DFlashError
+
+K_REPORTED = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table, and the blocks behind it.
+
+    hits: bool [blocks, slots], whether the top-1 draft of each slot is the sequence's own token.
+    losses: float [blocks, slots], -log of the probability the drafter gave that token, nats.
+    sequence: int [blocks], the index of the sequence a block is from. anchors: int [blocks], the anchor's position.
+    """
+
+    hits: NDArray[np.bool_]
+    losses: NDArray[np.float64]
+    sequence: NDArray[np.int64]
+    anchors: NDArray[np.int64]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks drafted."""
+        return len(self.hits)
+
+    @property
+    def runs(self) -> NDArray[np.int64]:
+        """Leading hits of each block, [blocks]."""
+        runs: NDArray[np.int64] = np.cumprod(self.hits, axis=1).sum(axis=1)
+        return runs
+
+    @property
+    def m_accept(self) -> float:
+        """Mean leading run: tokens a step, the target's own not counted (a step commits m_accept + 1)."""
+        return float(self.runs.mean())
+
+    @property
+    def cumulative(self) -> tuple[float, ...]:
+        """Share of blocks whose slots 1..n all hit, for n = 1, 2, ..."""
+        return tuple(float(x) for x in np.cumprod(self.hits, axis=1).mean(axis=0))
+
+    @property
+    def val_loss(self) -> float:
+        """Mean cross entropy over all slots, unweighted, nats."""
+        return float(self.losses.mean())
+
+    @property
+    def m_accept_error(self) -> float:
+        """Standard error of m_accept: sequences are the independent units, the blocks of one are not."""
+        means = np.array([self.runs[self.sequence == s].mean() for s in np.unique(self.sequence)])
+        return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """m_accept, k1..k8, val_loss, blocks and a few more, as plain JSON values."""
+        shares = {f"k{n}": share for n, share in enumerate(self.cumulative[:K_REPORTED], 1)}
+        error = self.m_accept_error
+        return {
+            "m_accept": self.m_accept,
+            **shares,
+            "val_loss": self.val_loss,
+            "blocks": self.blocks,
+            "sequences": len(np.unique(self.sequence)),
+            "m_accept_standard_error": None if np.isnan(error) else error,
+            "k_cumulative": list(self.cumulative),
+        }
+
+    def table(self, title: str = "acceptance") -> Table:
+        """A rich table for people."""
+        error = self.m_accept_error
+        note = None if np.isnan(error) else f"m_accept ± {error:.3f} (standard error over sequences)"
+        out = Table(title=title, caption=note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = self.cumulative[:K_REPORTED]
+        for name in ("m_accept", *(f"k={n}" for n in range(1, len(shown) + 1)), "val_loss", "blocks"):
+            out.add_column(name, justify="right", no_wrap=True)
+        out.add_row(f"{self.m_accept:.3f}", *(f"{x:.1%}" for x in shown), f"{self.val_loss:.3f}", str(self.blocks))
+        return out
+
+
+def choose_anchors(
+    sample: Sample, *, anchors: int, slots: int, anchor_range: tuple[int, int] | None, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Anchor positions of one sequence, ascending: one drawn from each of `anchors` equal parts of what is eligible.
+
+    Eligible: positions of anchor_range (both ends included; None: all but the first) with a whole block behind them
+    and, where the sample has a loss mask, with the anchor and its successor in it.
+    """
+    last = len(sample.tokens) - 1 - slots
+    low, high = anchor_range if anchor_range is not None else (1, last)
+    eligible = np.arange(max(low, 1), min(high, last) + 1)
+    if sample.loss_mask is not None:
+        eligible = eligible[sample.loss_mask[eligible] & sample.loss_mask[eligible + 1]]
+    if len(eligible) == 0:
+        where = "" if anchor_range is None else f", anchors in {low}..{high}"
+        masked = "" if sample.loss_mask is None else ", loss mask"
+        raise DFlashError(
+            f"{sample.name}: expected room for an anchor and a block of {slots} tokens after it, found none in "
+            f"{len(sample.tokens)} tokens{where}{masked}; leave out short sequences or change the anchor range"
+        )
+    parts = np.array_split(eligible, min(anchors, len(eligible)))
+    return np.array([int(rng.choice(part)) for part in parts])
+
+
+def evaluate(
+    session: _core.Session,
+    block_size: int,
+    samples: Sequence[Sample],
+    *,
+    anchors: int = 6,
+    anchor_range: tuple[int, int] | None = None,
+    seed: int = 0,
+    block_rows: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates a drafter on held-out sequences.
+
+    session: of a model with a drafter of block_size rows; its timeline is replaced.
+    anchors: blocks a sequence. anchor_range: first and last anchor position. seed: of the anchors drawn.
+    block_rows: rows the drafter runs, 2..block_size (None: the whole block, as in training); slots = rows - 1.
+    on_progress: called with (sequences done, all) after each one.
+    Raises DFlashError for sequences shorter than a block, CapacityError for those longer than the context.
+    """
+    rows = block_size if block_rows is None else block_rows
+    if not 2 <= rows <= block_size:
+        raise DFlashError(f"block_rows: expected a number in 2..{block_size} (the drafter's block), found {rows}")
+    if anchors < 1:
+        raise DFlashError(f"anchors: expected a number of at least 1, found {anchors}")
+    if anchor_range is not None and not 1 <= anchor_range[0] <= anchor_range[1]:
+        raise DFlashError(f"anchor range: expected 1 <= first <= last, found {anchor_range[0]}:{anchor_range[1]}")
+    slots = rows - 1
+    rng = np.random.default_rng(seed)
+    chosen = [  # of all sequences, before any work
+        choose_anchors(s, anchors=anchors, slots=block_size - 1, anchor_range=anchor_range, rng=rng) for s in samples
+    ]
+    for sample, positions in zip(samples, chosen, strict=True):
+        if positions[-1] > session.n_ctx:
+            raise CapacityError(f"{sample.name}: expected at most n_ctx = {session.n_ctx} tokens before an anchor, "
+                                f"found {positions[-1]}; use a larger n_ctx")  # fmt: skip
+    hits: list[NDArray[np.bool_]] = []
+    losses: list[NDArray[np.float64]] = []
+    for done, (sample, positions) in enumerate(zip(samples, chosen, strict=True), 1):
+        for p in positions[::-1]:
+            logits = session.draft_logits(sample.tokens[:p], int(sample.tokens[p]), slots, rows)
+            own = sample.tokens[p + 1 : p + rows]
+            hits.append(logits.argmax(axis=1) == own)
+            losses.append(cross_entropy(logits, own))
+        if on_progress is not None:
+            on_progress(done, len(samples))
+    return Evaluation(
+        hits=np.array(hits),
+        losses=np.array(losses),
+        sequence=np.repeat(np.arange(len(samples)), [len(c) for c in chosen]),
+        anchors=np.concatenate([c[::-1] for c in chosen]),
+    )
+
+
+def cross_entropy(logits: NDArray[np.float32], labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """-log softmax(logits)[label] of each row, nats. logits [n, n_vocab], labels [n]."""
+    x = logits.astype(np.float64)
+    top = x.max(axis=1)
+    result: NDArray[np.float64] = np.log(np.exp(x - top[:, None]).sum(axis=1)) + top - x[np.arange(len(x)), labels]
+    return result
