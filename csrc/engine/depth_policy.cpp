@@ -152,7 +152,7 @@ constexpr size_t kMeasured = 2;        // ... until it has been measured this of
 constexpr double kMargin = 1.01;       // drafting must promise this much over plain decoding
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
-constexpr double kLongestWait = 96;    // and between probes that show nothing
+constexpr double kLongestWait = 256;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;
 constexpr double kProbeShare = 0.0075; // of the time, that probes may cost
 

@@ -9,8 +9,9 @@
 
 namespace dflash::cpu {
 namespace {
-#include "backend/cpu/kernels.inc"
 #include "backend/cpu/vec_avx512.inc"
+
+#include "backend/cpu/kernels.inc"
 
 constexpr int kTileRows = 16;
 constexpr int kAmxFrom = 9;       // rows; below, the tiles are too empty

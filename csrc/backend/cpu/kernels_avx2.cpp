@@ -6,8 +6,9 @@
 
 namespace dflash::cpu {
 namespace {
-#include "backend/cpu/kernels.inc"
 #include "backend/cpu/vec_avx2.inc"
+
+#include "backend/cpu/kernels.inc"
 }  // namespace
 
 extern const Kernels kKernels_avx2 = kTable;

@@ -7,8 +7,9 @@
 #define DFLASH_AVXVNNI
 namespace dflash::cpu {
 namespace {
-#include "backend/cpu/kernels.inc"
 #include "backend/cpu/vec_avx2.inc"
+
+#include "backend/cpu/kernels.inc"
 }  // namespace
 
 extern const Kernels kKernels_avxvnni = kTable;
