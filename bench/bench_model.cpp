@@ -163,7 +163,7 @@ int main(int argc, char** argv) try {
     for (int p = 0; p < 256; p += 64) drafter->ingest(b, ds, {64, p}, taps.data(), dkv);
     for (const int n : {1, 3, 4, 7, 15}) {
       if (n >= dc.block_size) break;
-      report("draft slots", n, [&] { drafter->draft(b, ds, 5, 256, n, n + 1, dkv, logits.data()); }, false);
+      report("draft slots", n, [&] { drafter->draft(b, ds, 5, 256, n, n + 1, dkv, logits.data(), 0); }, false);
     }
     for (const int n : {1, 4})
       report("ingest rows", n, [&] { drafter->ingest(b, ds, {n, 256}, taps.data(), dkv); }, false);

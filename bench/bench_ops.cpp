@@ -1,5 +1,5 @@
 // Times the CPU backend's ops on random weights. bench_ops.py builds and runs it; by hand:
-//   bench_ops [--threads N] [--isa NAME] [--model full|mini] [--rows 1,4,16,512] [--only NAME] [--no-repack]
+//   bench_ops [--threads N] [--isa NAME] [--model full|mini] [--rows 1,4,16,512] [--only NAME] [--no-repack] [--once]
 // Prints one line per op: name rows microseconds(median) bytes multiply-adds, tab separated, after a line "read GB/s".
 
 #include <algorithm>
@@ -33,9 +33,11 @@ double now() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Median seconds of f, repeated for about 0.3 s.
+// Median seconds of f, repeated for about 0.3 s; with --once, f runs a single time (to count instructions).
+bool once_only = false;
 double median_seconds(const std::function<void()>& f, double budget = 0.3) {
   f();
+  if (once_only) return 0.0;
   std::vector<double> t;
   for (const double end = now() + budget; now() < end || t.size() < 3;) {
     const double start = now();
@@ -98,6 +100,10 @@ int main(int argc, char** argv) try {
       options.repack = false;
       continue;
     }
+    if (a == "--once") {
+      once_only = true;
+      continue;
+    }
     if (a == "--no-bandwidth") {
       bandwidth = false;
       continue;
@@ -125,7 +131,7 @@ int main(int argc, char** argv) try {
   if (bandwidth) std::printf("read\t%.3f\n", read_bandwidth(*b, options.n_threads) / 1e9);
 
   // Several copies of each weight, used in turn, so that nothing is served from a cache that decoding would not hit.
-  const int copies = s.n_embd > 1000 ? 16 : 8;
+  const int copies = once_only ? 1 : s.n_embd > 1000 ? 16 : 8;
   const int head_dim = 128;
   const int64_t q_dim = s.n_head * head_dim, kv_dim = s.n_head_kv * head_dim;
   const int max_rows = *std::max_element(rows_list.begin(), rows_list.end());

@@ -1,6 +1,6 @@
 """Compares two results of `dflash-cpp bench --json`: speed row by row, and whether it differs beyond the spread.
 
-    python bench/compare.py before.json after.json
+python bench/compare.py before.json after.json
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ int main(int argc, char** argv) try {
   session_options.n_ctx = 256 + o.tokens + 16;
   Session session(model, session_options);
   std::vector<int32_t> prompt;
-  for (int i = 0; i < 256; ++i) prompt.push_back(static_cast<int32_t>(uniform_at(5, static_cast<uint64_t>(i)) * o.vocab));
+  for (int i = 0; i < 256; ++i)
+    prompt.push_back(static_cast<int32_t>(uniform_at(5, static_cast<uint64_t>(i)) * o.vocab));
 
   const std::vector<int> depths{0, 1, 2, 3, 4, -1};
   std::map<int, std::vector<double>> rates;

@@ -243,6 +243,7 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (replay_.empty()) return {DraftSource::dflash, std::min(kFirstDepth, max_depth)};
   if (draft.rate > kMargin * plain) {
     parked_ = false;
+    ++active_rounds_;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
     if (since_plain_ > std::max(rounds, static_cast<double>(kShortWait))) return {};
@@ -251,7 +252,8 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   }
   if (!parked_) {
     parked_ = true;
-    interval_ = kShortWait;
+    if (active_rounds_ >= kShortWait) interval_ = kShortWait;  // after a short excursion the waits go on growing
+    active_rounds_ = 0;
     wait_ = interval_;
   }
   if (--wait_ > 0) return {};
@@ -319,10 +321,13 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     // A probe that earned its time, or looks as if drafting would, is followed by another one at once.
     const double earned = o.accepted * verify_cost(1);
     const double paid = draft_cost(o.drafted) + verify_cost(o.verified + 1) - verify_cost(1);
-    interval_ = earned > paid || best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1)
-                    ? 1 : std::min(std::max(2 * interval_, kShortWait), longest_wait());
-    wait_ = interval_;
-    if (interval_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
+    if (earned > paid || best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1)) {
+      wait_ = 1;
+    } else {
+      interval_ = std::min(std::max(2 * interval_, kShortWait), longest_wait());
+      wait_ = interval_;
+    }
+    if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
   }
 }
 

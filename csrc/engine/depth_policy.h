@@ -130,6 +130,7 @@ class DepthPolicy {
   int drafted_rounds_ = 0;
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes
+  int active_rounds_ = 0;  // drafting rounds since it was last parked
   int wait_ = 0;           // rounds until the next probe
   int interval_ = 8;       // doubles while probes show no gain
 };

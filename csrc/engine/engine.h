@@ -29,6 +29,7 @@ struct Model {
   std::unique_ptr<MiniMaxM2> target;
   std::unique_ptr<DFlashDrafter> drafter;  // null: plain decoding (and prompt lookup)
   bool precise = false;
+  uint64_t n_sessions = 0;  // made so far: names their recorded steps
 
   // drafter_path may be empty. Throws Error naming the file and what is wrong.
   static std::shared_ptr<Model> load(const std::string& target_path, const std::string& drafter_path,

@@ -60,6 +60,7 @@ double GenerateParams::simulated_chance(size_t i) const {
 
 Session::Session(std::shared_ptr<Model> model, const SessionOptions& options)
     : model_(std::move(model)),
+      id_(++model_->n_sessions),
       options_(checked(options)),
       backend_(*model_->backend),
       kv_(backend_, model_->target->config().n_layer, model_->target->config().n_head_kv,
@@ -79,6 +80,7 @@ Session::Session(std::shared_ptr<Model> model, const SessionOptions& options)
     drafter_scratch_.emplace(backend_, c, scratch_.max_rows);
     const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
     taps_buffer_ = backend_.alloc((batch + kPendingTaps + block) * row * sizeof(float));
+    step_taps_ = backend_.alloc(block * row * sizeof(float));
   }
 }
 
@@ -161,16 +163,39 @@ int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& par
   return pos_;
 }
 
-void Session::forward(const int32_t* tokens, int rows) {
+uint64_t Session::step_key(StepKind kind, int rows) const {
+  return id_ << 32 | static_cast<uint64_t>(kind) << 16 | static_cast<uint64_t>(rows);
+}
+
+float* Session::pending_taps(int row) const {
+  const size_t width = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
+  return taps_buffer_.as<float>() + static_cast<size_t>(row) * width;
+}
+
+void Session::forward_prompt(const int32_t* tokens, int rows) {
   backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
   TapSink sink;
-  if (model_->drafter) {
-    sink.layers = &model_->drafter->config().target_layers;
-    sink.dst = taps_buffer_.as<float>() + static_cast<size_t>(pending_) * static_cast<size_t>(n_taps()) *
-                                              static_cast<size_t>(model_->target->config().n_embd);
-  }
+  if (model_->drafter) sink = {&model_->drafter->config().target_layers, pending_taps(pending_)};
   model_->target->forward(backend_, scratch_, Step{rows, pos_}, token_buffer_.as<int32_t>(), kv_,
                           model_->drafter ? &sink : nullptr);
+}
+
+void Session::forward_verify(const int32_t* tokens, int rows) {
+  backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
+  TapSink sink;
+  if (model_->drafter) sink = {&model_->drafter->config().target_layers, step_taps_.as<float>()};
+  const Step step{rows, pos_};
+  if (backend_.begin_step(step_key(StepKind::verify, rows), step)) return;
+  model_->target->forward(backend_, scratch_, step, token_buffer_.as<int32_t>(), kv_,
+                          model_->drafter ? &sink : nullptr);
+  model_->target->logits(backend_, scratch_, 0, rows, logits_buffer_.as<float>());
+  backend_.end_step();
+}
+
+void Session::keep_taps(int rows) {
+  if (!model_->drafter) return;
+  const int64_t width = static_cast<int64_t>(n_taps()) * model_->target->config().n_embd;
+  backend_.copy_rows(step_taps_.as<float>(), rows, width, pending_taps(pending_), width);
 }
 
 void Session::commit(int rows) {
@@ -183,11 +208,15 @@ void Session::commit(int rows) {
 void Session::ingest_pending() {
   if (pending_ == 0) return;
   const Stopwatch watch;
-  const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
   for (int done = 0; done < pending_;) {
     const int rows = std::min(pending_ - done, drafter_scratch_->max_rows);
-    model_->drafter->ingest(backend_, *drafter_scratch_, Step{rows, drafter_pos_ + done},
-                            taps_buffer_.as<float>() + static_cast<size_t>(done) * row, *drafter_kv_);
+    const Step step{rows, drafter_pos_ + done};
+    // A round's few rows always lie at the front: the same call every time but for the position.
+    const bool recordable = done == 0 && rows <= model_->block_size();
+    if (!recordable || !backend_.begin_step(step_key(StepKind::ingest, rows), step)) {
+      model_->drafter->ingest(backend_, *drafter_scratch_, step, pending_taps(done), *drafter_kv_);
+      if (recordable) backend_.end_step();
+    }
     done += rows;
   }
   drafter_pos_ += pending_;
@@ -200,7 +229,7 @@ int Session::prefill() {
   const double ingested = stats_.ingest_seconds;
   const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
   if (rows > 0) {
-    forward(tokens_.data() + pos_, rows);
+    forward_prompt(tokens_.data() + pos_, rows);
     // The logits of the last prompt token wait in the buffer for the first step().
     if (pos_ + rows == prompt_tokens_) {
       model_->target->logits(backend_, scratch_, rows - 1, 1, logits_buffer_.as<float>());
@@ -232,7 +261,8 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   ingest_pending();
   if (backlog) watch = Stopwatch();
   const int32_t anchor = tokens_.back();
-  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, n + 1, *drafter_kv_, logits_buffer_.as<float>());
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, n + 1, *drafter_kv_, logits_buffer_.as<float>(),
+                         step_key(StepKind::draft, n + 1));
   std::vector<Top1> top(static_cast<size_t>(n));
   backend_.top1(logits_buffer_.as<float>(), n, model_->target->config().n_vocab, top.data());
   out.source = DraftSource::dflash;
@@ -294,9 +324,8 @@ Accepted Session::verify(const Drafts& drafts) {
   batch.insert(batch.end(), drafts.tokens.begin(), drafts.tokens.end());
 
   const Stopwatch watch;
-  forward(batch.data(), rows);
+  forward_verify(batch.data(), rows);
   float* logits = logits_buffer_.as<float>();
-  model_->target->logits(backend_, scratch_, 0, rows, logits);
   const auto stop = [&](int32_t token) { return is_eos(token); };
   Accepted accepted;
   double verify_seconds = 0.0;
@@ -395,7 +424,9 @@ StepResult Session::step() {
   const Drafts drafts = propose(std::min(model_->block_size() - 1, left - 1));
   const Accepted accepted = verify(drafts);
   tokens_.insert(tokens_.end(), accepted.tokens.begin(), accepted.tokens.end());
-  commit(static_cast<int>(accepted.tokens.size()));  // the anchor and all but the last committed token
+  // In the caches now: the anchor and all but the last committed token.
+  keep_taps(static_cast<int>(accepted.tokens.size()));
+  commit(static_cast<int>(accepted.tokens.size()));
 
   result.tokens = accepted.tokens;
   result.drafted = static_cast<int>(drafts.tokens.size());
@@ -415,7 +446,7 @@ void Session::run_all(const std::vector<int32_t>& tokens) {
   prompt_tokens_ = static_cast<int>(tokens.size());
   while (pos_ < prompt_tokens_) {
     const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
-    forward(tokens_.data() + pos_, rows);
+    forward_prompt(tokens_.data() + pos_, rows);
     commit(rows);
   }
 }
@@ -428,7 +459,7 @@ std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
   std::vector<float> out(tokens.size() * static_cast<size_t>(n_vocab));
   while (pos_ < prompt_tokens_) {
     const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
-    forward(tokens_.data() + pos_, rows);
+    forward_prompt(tokens_.data() + pos_, rows);
     for (int done = 0; done < rows;) {  // the head in slices of what the buffer holds
       const int slice = std::min(rows - done, model_->block_size());
       model_->target->logits(backend_, scratch_, done, slice, logits_buffer_.as<float>());
@@ -451,7 +482,7 @@ std::vector<float> Session::taps(const std::vector<int32_t>& tokens) {
   while (pos_ < prompt_tokens_) {
     ingest_pending();
     const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
-    forward(tokens_.data() + pos_, rows);
+    forward_prompt(tokens_.data() + pos_, rows);
     backend_.download(out.data() + static_cast<size_t>(pos_) * row, taps_buffer_.data,
                       static_cast<size_t>(rows) * row * sizeof(float));
     commit(rows);
@@ -470,7 +501,9 @@ std::vector<float> Session::draft_logits(const std::vector<int32_t>& tokens, int
     fail("draft_logits: anchor from 0 to ", n_vocab - 1, " expected, found ", anchor);
   run_all(tokens);
   ingest_pending();
-  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>());
+  // A key per (n, rows): n < block_size <= 256.
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>(),
+                         step_key(StepKind::draft, rows) | static_cast<uint64_t>(n) << 24);
   std::vector<float> out(static_cast<size_t>(n) * static_cast<size_t>(n_vocab));
   backend_.download(out.data(), logits_buffer_.data, out.size() * sizeof(float));
   return out;

@@ -83,10 +83,16 @@ class Session {
 
   void check_tokens(const std::vector<int32_t>& tokens) const;
   void sync(const std::vector<int32_t>& tokens, size_t keep_at_most);
-  // Runs tokens_[pos_ .. pos_ + rows) through the target; advances pos_ only when told to by commit().
-  void forward(const int32_t* tokens, int rows);
-  void commit(int rows);  // rows of the last forward stay in the caches
-  void ingest_pending();  // taps of committed tokens -> drafter K/V
+  // Runs prompt tokens at pos_ .. through the target; their taps go straight to the pending rows.
+  void forward_prompt(const int32_t* tokens, int rows);
+  // Runs [anchor, drafts] through the target and its head, as a step the backend may record and replay.
+  void forward_verify(const int32_t* tokens, int rows);
+  enum class StepKind : uint64_t { verify = 1, draft = 2, ingest = 3 };
+  uint64_t step_key(StepKind kind, int rows) const;
+  float* pending_taps(int row) const;
+  void commit(int rows);     // rows of the last pass stay in the caches
+  void keep_taps(int rows);  // of a verify pass: to the pending rows
+  void ingest_pending();     // taps of committed tokens -> drafter K/V
   void run_all(const std::vector<int32_t>& tokens);
   Drafts propose(int room);
   Drafts draft_dflash(int n, int room);
@@ -99,6 +105,7 @@ class Session {
   int n_taps() const;
 
   std::shared_ptr<Model> model_;
+  const uint64_t id_;  // of this session on its model
   SessionOptions options_;
   Backend& backend_;
   KvCache kv_;
@@ -107,7 +114,8 @@ class Session {
   std::optional<DFlashDrafter::Scratch> drafter_scratch_;
   Buffer token_buffer_;   // int32 [n_batch]
   Buffer logits_buffer_;  // f32 [block_size, n_vocab]
-  Buffer taps_buffer_;    // f32 [n_batch + block_size, n_taps * n_embd]: pending rows, then the current pass
+  Buffer taps_buffer_;    // f32 [n_batch + kPendingTaps + block_size, n_taps * n_embd]: pending rows, then a chunk's
+  Buffer step_taps_;      // f32 [block_size, n_taps * n_embd]: taps of a verify pass, at an address that never moves
   std::vector<float> host_logits_;
 
   std::vector<int32_t> tokens_;  // the timeline; all but the anchor (the last, while generating) are in the cache

@@ -124,13 +124,14 @@ void DFlashDrafter::ingest(Backend& backend, Scratch& s, Step step, const float*
 }
 
 void DFlashDrafter::draft(Backend& backend, Scratch& s, int32_t anchor, int pos, int n, int rows, const KvCache& kv,
-                          float* logits) const {
+                          float* logits, uint64_t step_key) const {
   const DrafterConfig& c = config_;
   std::vector<int32_t> block(static_cast<size_t>(rows), c.mask_token_id);
   block[0] = anchor;
   backend.upload(s.tokens, block.data(), block.size() * sizeof(int32_t));
-  backend.embed(target_->embedding(), s.tokens, rows, s.x);
   const Step step{rows, pos};
+  if (backend.begin_step(step_key, step)) return;
+  backend.embed(target_->embedding(), s.tokens, rows, s.x);
   for (int i = 0; i < c.n_layer; ++i) {
     const Layer& l = layers_[static_cast<size_t>(i)];
     const MatmulOut qkv[] = {{&l.q, s.q}, {&l.k, s.k}, {&l.v, s.v}};
@@ -155,6 +156,7 @@ void DFlashDrafter::draft(Backend& backend, Scratch& s, int32_t anchor, int pos,
   }
   const MatmulOut head{&target_->head(), logits};
   backend.norm_matmul(s.x + c.n_embd, f32(output_norm_), c.eps, n, &head, 1);
+  backend.end_step();
 }
 
 }  // namespace dflash

@@ -51,9 +51,9 @@ class DFlashDrafter {
 
   // Slots 1..n for the anchor at position pos, given context at positions < pos. rows (n + 1 .. block_size) is how
   // much of the block is run. The block's own K/V lie beyond the context and are overwritten later.
-  // logits [n, n_vocab]
-  void draft(Backend& backend, Scratch& s, int32_t anchor, int pos, int n, int rows, const KvCache& kv,
-             float* logits) const;
+  // logits [n, n_vocab]. step_key names (session, n, rows) for backends that record steps.
+  void draft(Backend& backend, Scratch& s, int32_t anchor, int pos, int n, int rows, const KvCache& kv, float* logits,
+             uint64_t step_key) const;
 
  private:
   QkvPost qkv_post(const Layer& l) const;

@@ -5,6 +5,9 @@
 #include "reference.h"
 
 namespace dflash::test {
+
+bool g_quick = false;  // fewer shapes, for compute-sanitizer
+
 namespace {
 
 // NMSE limits. Activation quantisation is part of the reference, so what is left is rounding; experts quantise twice,
@@ -37,6 +40,7 @@ void test_matmul(Backend& b, std::mt19937& rng) {
     double worst = 0.0;
     const double limit = is_quantized(type) ? kLimitQuant : kLimitFloat;
     for (const Shape& s : shapes) {
+      if (g_quick && s.n_in * s.n_out > 100000) continue;
       const auto w0 = random_tensor(rng, type, s.n_in, s.n_out), w1 = random_tensor(rng, type, s.n_in, 64);
       const Weight a = b.load(w0->host, w0), c = b.load(w1->host, w1);
       const Floats x = random_floats(rng, static_cast<size_t>(s.rows * s.n_in), 3.0f);
@@ -185,6 +189,7 @@ void test_attention(Backend& b, std::mt19937& rng) {
   const DType types[] = {DType::F32, DType::F16, DType::Q8_0};
   double worst[3] = {0.0, 0.0, 0.0};
   for (const AttentionCase& c : cases) {
+    if (g_quick && c.n_head > 4) continue;
     const int qn = c.n_head * c.head_dim, kn = c.n_head_kv * c.head_dim;
     const Floats q = random_floats(rng, static_cast<size_t>(total) * qn), k = random_floats(rng, static_cast<size_t>(total) * kn),
                  v = random_floats(rng, static_cast<size_t>(total) * kn);
@@ -308,6 +313,7 @@ void test_experts(Backend& b, std::mt19937& rng) {
       {DType::F32, DType::F32, 16, 4, 100, 50, 40, 0}};
   double worst = 0.0;
   for (const Case& c : cases) {
+    if (g_quick && c.n_embd > 512) continue;
     const auto gate = random_tensor(rng, c.type, c.n_embd, c.n_ff, c.n_expert);
     const auto up = random_tensor(rng, c.type, c.n_embd, c.n_ff, c.n_expert);
     const auto down = random_tensor(rng, c.down, c.n_ff, c.n_embd, c.n_expert);
@@ -504,8 +510,9 @@ int run() {
 }  // namespace
 }  // namespace dflash::test
 
-int main() {
+int main(int argc, char** argv) {
   try {
+    dflash::test::g_quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
     return dflash::test::run();
   } catch (const std::exception& e) {
     std::printf("FAIL exception: %s\n", e.what());

@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   alignas(16) __shared__ float q_lds[Queries][kHeadDim];  // later: the results
   __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
   __shared__ float2 ml_lds[kAttentionWaves][Queries];  // largest score, sum
+  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kWaveKeys];  // weights of the wave's keys
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
@@ -189,25 +190,41 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
         score[i] = fmaf(b.w, k[7], score[i]);
       }
     }
+    gpu::wave_sync();  // the weights of the step before have been read
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {
       float s = score[i];
       for (int m = 1; m < kKeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
       s = key >= keys[i].first && key < keys[i].end ? s * p.a.scale : -INFINITY;
-      const float top = fmaxf(largest[i], gpu::wave_max(s));
+      float top = fmaxf(largest[i], s);
+      for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
       const float e = s == -INFINITY ? 0.0f : expf(s - top);
       const float keep = largest[i] == -INFINITY ? 0.0f : expf(largest[i] - top);
-      sum[i] = fmaf(sum[i], keep, gpu::wave_sum(part == 0 ? e : 0.0f));
+      sum[i] = fmaf(sum[i], keep, e);  // of the lane's keys
 #pragma unroll
       for (int d = 0; d < Dims; ++d) o[i][d] *= keep;
-#pragma unroll
-      for (int j = 0; j < kWaveKeys; ++j) {
-        const float w = gpu::shuffle(e, j * kKeyLanes);
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) o[i][d] = fmaf(w, v[j][d], o[i][d]);
-      }
       largest[i] = top;
+      if (part == 0) e_lds[gpu::wave()][i][gpu::lane() / kKeyLanes] = e;
     }
+    gpu::wave_sync();
+#pragma unroll
+    for (int i = 0; i < Queries; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWaveKeys; j += 4) {
+        const float4 w = *reinterpret_cast<const float4*>(&e_lds[gpu::wave()][i][j]);
+#pragma unroll
+        for (int d = 0; d < Dims; ++d) {
+          o[i][d] = fmaf(w.x, v[j][d], o[i][d]);
+          o[i][d] = fmaf(w.y, v[j + 1][d], o[i][d]);
+          o[i][d] = fmaf(w.z, v[j + 2][d], o[i][d]);
+          o[i][d] = fmaf(w.w, v[j + 3][d], o[i][d]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Queries; ++i) {
+    for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) sum[i] += gpu::shuffle_xor(sum[i], m);
   }
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {

@@ -150,10 +150,12 @@ void launch(Stream stream, dim3 grid, unsigned threads, void (*kernel)(P...), A&
 
 inline constexpr int kWave = 32;
 
+// Lets the next kernel's blocks start, then waits until the kernel before is complete. What comes earlier in a kernel
+// may only read what no kernel writes (weights). Every kernel calls it first, so "complete" reaches back to all before.
 __device__ inline void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -163,6 +165,16 @@ __device__ inline void prefetch([[maybe_unused]] const void* p, [[maybe_unused]]
   if (bytes > 0 && threadIdx.x % 32 == 0) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
   }
+#endif
+}
+
+// Makes what the lanes of a wave wrote to shared memory visible to each other.
+__device__ inline void wave_sync() {
+#if defined(DFLASH_GPU_HIP)
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#else
+  __syncwarp();
 #endif
 }
 
@@ -320,7 +332,7 @@ inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
 inline constexpr int kMmaFromRows = 3;
 inline constexpr int kMmaUnroll = 4;
 inline constexpr int kAttentionUnroll = 4;
-inline constexpr int kDotAhead[] = {8, 4};
+inline constexpr int kDotAhead[] = {4, 1};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
 #endif
 inline constexpr int kMmaAcc = kMmaRows * kMmaToks;

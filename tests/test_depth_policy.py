@@ -1,0 +1,175 @@
+"""The depth policy never loses, by simulation: known acceptance and costs, so that every decision has a price.
+
+Catches: drafting that does not pay, parking that never ends, outliers believed, widths never tried, stale beliefs.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, moe, simulate
+
+from dflash_cpp import _core
+
+SETTLED = 200  # rounds within which the policy has to have found its depth
+MEASURED = 400  # rounds judged after that
+LOSS, REGRET = 0.02, 0.05
+
+GRID = list(itertools.product(ACCEPTANCE, ("flat", "dense", "moe-0.66", "moe-0.77"), DRAFT))
+# Costs whose shape the policy's model does not have: it must not lose there either, but may find the best depth later.
+ODD_GRID = list(itertools.product(ACCEPTANCE, ("rows", "step"), DRAFT))
+
+
+def settled(run: Run, changes_at: int = 0) -> tuple[float, float]:
+    """Loss against plain and regret, from SETTLED rounds after a change on."""
+    window = slice(changes_at + SETTLED, changes_at + SETTLED + MEASURED)
+    return run.loss(window), run.regret(window)
+
+
+def check(cells: list[tuple[str, float, float]], loss: float, regret: float) -> None:
+    bad = [f"{name}: loss {a:.1%}, regret {b:.1%}" for name, a, b in cells if a > loss or b > regret]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("informative", [0.0, 0.6, 0.95], ids="confidence-{}".format)
+def test_grid_of_acceptances_and_costs(informative: float) -> None:
+    cells = []
+    for acceptance, verify, draft in GRID:
+        text = Text(ACCEPTANCE[acceptance], informative=informative)
+        # Medians of three: a session of 400 rounds is short enough for luck.
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        loss, regret = np.median([settled(r) for r in runs], axis=0)
+        cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
+    check(cells, LOSS, REGRET)
+
+
+@pytest.mark.parametrize("informative", [0.0, 0.95], ids="confidence-{}".format)
+def test_costs_of_another_shape(informative: float) -> None:
+    cells = []
+    for acceptance, verify, draft in ODD_GRID:
+        text = Text(ACCEPTANCE[acceptance], informative=informative)
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        loss, regret = np.median([settled(r) for r in runs], axis=0)
+        cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
+    check(cells, LOSS, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("none", "strong"), ("strong", "none"), ("poor", "even"), ("even", "card")]
+)
+@pytest.mark.parametrize("verify", ["flat", "moe-0.66", "moe-0.77"])
+def test_text_changes(first: str, then: str, verify: str) -> None:
+    cells = []
+    for draft in (0.045, 0.2):
+        texts = [(Text(ACCEPTANCE[name]), SETTLED + MEASURED) for name in (first, then)]
+        runs = [simulate(texts, VERIFY[verify], draft, seed=s) for s in range(3)]
+        loss, regret = np.median([settled(r, SETTLED + MEASURED) for r in runs], axis=0)
+        cells.append((f"{first} to {then}, draft {draft}", float(loss), float(regret)))
+    check(cells, LOSS, REGRET)
+
+
+def test_a_useless_drafter_is_parked_and_probed_ever_more_rarely() -> None:
+    run = simulate([(Text(ACCEPTANCE["none"]), 800)], moe(0.75), 0.2, seed=1)
+    drafted = np.flatnonzero(np.array(run.drafted) > 0)
+    early, late = (drafted < 100).sum(), (drafted >= 600).sum()
+    assert 1 <= late <= 10 < 100
+    assert early >= 3, "it has to look before it decides"
+    assert (np.diff(drafted[drafted >= 400]) >= 24).all()
+
+
+def test_it_comes_back_when_the_text_changes() -> None:
+    run = simulate([(Text(ACCEPTANCE["none"]), 500), (Text(ACCEPTANCE["strong"]), 400)], moe(0.75), 0.1, seed=2)
+    assert np.mean(np.array(run.drafted[300:500]) > 0) < 0.1
+    assert np.mean(np.array(run.drafted[700:]) > 0) > 0.9
+
+
+def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
+    noise = Noise(load=lambda i: 2.0 if 300 <= i < 450 else 1.0)
+    run = simulate([(Text(ACCEPTANCE["strong"]), 900)], moe(0.66), 0.1, seed=3, noise=noise)
+    assert run.regret(slice(350, 450)) < REGRET
+    assert run.regret(slice(500, 900)) < REGRET
+
+
+def test_outliers_are_not_believed() -> None:
+    noise = Noise(outliers=0.15, largest=20.0)
+    runs = [simulate([(Text(ACCEPTANCE["strong"]), 600)], moe(0.66), 0.1, seed=s, noise=noise) for s in range(3)]
+    assert np.median([settled(r)[1] for r in runs]) < 0.08
+
+
+@pytest.mark.parametrize("shift", [-1.5, 1.5], ids=["modest", "boastful"])
+def test_confidences_are_calibrated(shift: float) -> None:
+    cells = []
+    for acceptance in ("poor", "card", "weak", "strong"):
+        text = Text(ACCEPTANCE[acceptance], shift=shift)
+        runs = [simulate([(text, 600)], moe(0.77), 0.1, seed=s) for s in range(3)]
+        loss, regret = np.median([settled(r) for r in runs], axis=0)
+        cells.append((acceptance, float(loss), float(regret)))
+    check(cells, LOSS, REGRET)
+
+
+def test_informative_confidences_beat_every_fixed_depth() -> None:
+    text = Text(ACCEPTANCE["weak"], spread=2.0, informative=0.95)
+    runs = [simulate([(text, 800)], moe(0.77), 0.1, seed=s) for s in range(3)]
+    assert np.median([r.regret(slice(200, 800)) for r in runs]) < -0.05
+
+
+def test_lookup_wins_where_it_is_better_and_only_there() -> None:
+    good, bad = Lookup(share=0.5, match=16, acceptance=0.95), Lookup(share=0.5, match=4, acceptance=0.05)
+    text = Text(ACCEPTANCE["poor"])
+    with_good = simulate([(text, 600)], moe(0.77), 0.2, seed=4, lookup=good)
+    assert with_good.source[200:].count("lookup") > 150
+    assert with_good.loss(slice(200, 600)) < -0.5
+    with_bad = simulate([(text, 600)], moe(0.77), 0.2, seed=4, lookup=bad)
+    assert with_bad.source[200:].count("lookup") < 40
+    assert with_bad.loss(slice(200, 600)) < LOSS
+
+
+def test_a_strong_drafter_is_preferred_to_a_weak_lookup() -> None:
+    lookup = Lookup(share=1.0, match=4, acceptance=0.4)
+    run = simulate([(Text(ACCEPTANCE["perfect"]), 600)], linear(0.02), 0.05, seed=5, lookup=lookup)
+    assert run.source[200:].count("dflash") > 380
+    assert run.regret(slice(200, 600)) < REGRET
+
+
+def test_a_wrong_prior_is_unlearnt() -> None:
+    for told in (([1.0] * BLOCK, 0.01), (list(linear(1.0)), 2.0)):
+        runs = [simulate([(Text(ACCEPTANCE["weak"]), 600)], moe(0.66), 0.1, seed=s, prior=told) for s in range(3)]
+        assert np.median([settled(r)[0] for r in runs]) < LOSS
+        assert np.median([settled(r)[1] for r in runs]) < REGRET
+
+
+def test_it_is_deterministic() -> None:
+    runs = [simulate([(Text(ACCEPTANCE["card"]), 300)], moe(0.66), 0.1, seed=6) for _ in range(2)]
+    assert runs[0].depth == runs[1].depth
+    assert runs[0].drafted == runs[1].drafted
+
+
+def test_bounds_are_respected() -> None:
+    policy = _core.DepthPolicy(list(linear(0.0)), 0.01)
+    for _ in range(4):
+        policy.observe("none", verified=0, accepted=0, confidence=[], draft_seconds=0.0, verify_seconds=1.0)
+    for room in (3, 1, 0, 2, SLOTS):
+        for _ in range(30):
+            source, n = policy.plan(room)
+            assert 0 <= n <= room
+            if source == "dflash":
+                depth = policy.verify_depth([0.99] * n)
+                assert 0 <= depth <= n
+                policy.observe(
+                    source, verified=depth, accepted=depth, confidence=[0.99] * n, draft_seconds=0.01, verify_seconds=1.0
+                )  # fmt: skip
+            else:
+                policy.observe("none", verified=0, accepted=0, confidence=[], draft_seconds=0.0, verify_seconds=1.0)
+    assert policy.plan(SLOTS, has_drafter=False) == ("none", 0)
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(_core.DFlashError, match="verify_prior"):
+        _core.DepthPolicy([1.0], 0.1)
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.1)
+    with pytest.raises(_core.DFlashError, match="accepted"):
+        policy.observe("dflash", verified=1, accepted=2, confidence=[0.5], draft_seconds=0.1, verify_seconds=1.0)
+    with pytest.raises(_core.DFlashError, match="confidence"):
+        policy.observe("dflash", verified=2, accepted=1, confidence=[0.5], draft_seconds=0.1, verify_seconds=1.0)

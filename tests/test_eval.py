@@ -1,0 +1,193 @@
+"""The acceptance table. Catches: wrong anchors, labels off by one, wrong leading runs, data accepted that cannot be right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PAIRS, SHARED, Ids
+
+from dflash_cpp import DFlashError, Engine
+from dflash_cpp.cli import main
+from dflash_cpp.corpus import Sample, read_corpus, write_json_atomically
+from dflash_cpp.errors import CapacityError
+from dflash_cpp.evaluate import Evaluation, choose_anchors, cross_entropy, evaluate
+
+# ../shared/README.md: a PyTorch bf16 evaluation, 6 anchors a sequence drawn from 256..1007.
+TABLE = {
+    "mini": {"m_accept": 4.574, "k1": 0.9362, "k2": 0.8431, "k3": 0.6615, "k4": 0.4863, "val_loss": 3.069},
+    "mini-weak": {"m_accept": 2.016, "k1": 0.6914, "k2": 0.4629, "k3": 0.2858, "k4": 0.1634, "val_loss": 3.604},
+}
+
+
+def own_text(engine: Engine, prompt: Ids, n: int = 120) -> Sample:
+    g = engine.generate(prompt, max_tokens=n, ignore_eos=True)
+    tokens = np.array([*prompt, *g.tokens], dtype=np.int32)
+    return Sample("own", tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+def test_on_own_text_it_is_greedy_verification(engine: Engine, prompts: list[Ids]) -> None:
+    sample = own_text(engine, prompts[0])
+    result = evaluate(engine.session, engine.block_size, [sample], anchors=5)
+    assert result.blocks == 5
+    for p, run in zip(result.anchors, result.runs, strict=True):
+        # The first token of a generation from tokens[:p] is tokens[p]; the next step verifies a whole block after it.
+        stream = engine.stream(sample.tokens[:p], max_tokens=20, depth=15, lookup=False, ignore_eos=True)
+        first, step = next(stream), next(stream)
+        stream.close()
+        assert first.tokens == (sample.tokens[p],)
+        assert len(step.tokens) - 1 == run, f"anchor {p}"
+
+
+def test_anchor_order_does_not_matter(engine: Engine, prompts: list[Ids]) -> None:
+    sample = own_text(engine, prompts[1])
+    result = evaluate(engine.session, engine.block_size, [sample], anchors=4)
+    for p, hits in zip(result.anchors, result.hits, strict=True):
+        engine.reset()
+        logits = engine.draft_logits(sample.tokens[:p], int(sample.tokens[p]), 15, block_rows=16)
+        np.testing.assert_array_equal(logits.argmax(axis=1) == sample.tokens[p + 1 : p + 16], hits)
+
+
+def test_numbers_of_the_table() -> None:
+    hits = np.array([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=bool)
+    e = Evaluation(hits, np.full((3, 4), 2.5), np.array([0, 0, 1]), np.array([5, 9, 5]))
+    assert e.runs.tolist() == [2, 0, 4]
+    assert e.m_accept == pytest.approx(2.0)
+    assert e.cumulative == pytest.approx((2 / 3, 2 / 3, 1 / 3, 1 / 3))
+    assert e.m_accept == pytest.approx(sum(e.cumulative))
+    found = e.to_dict()
+    assert found["val_loss"] == 2.5
+    assert found["blocks"] == 3
+    assert found["k4"] == pytest.approx(1 / 3)
+    assert "k5" not in found
+    json.dumps(found)
+
+
+def test_cross_entropy_is_stable() -> None:
+    logits = np.array([[1000.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=np.float32)
+    np.testing.assert_allclose(cross_entropy(logits, np.array([1, 2])), [1000.0, np.log(3)])
+
+
+def test_anchors_are_where_they_may_be() -> None:
+    rng = np.random.default_rng(0)
+    sample = Sample("s", np.zeros(100, np.int32))
+    for _ in range(20):
+        chosen = choose_anchors(sample, anchors=6, slots=15, anchor_range=(20, 200), rng=rng)
+        assert len(chosen) == 6
+        assert (np.diff(chosen) > 0).all()
+        assert chosen[0] >= 20
+        assert chosen[-1] + 15 <= 99
+    mask = np.zeros(100, bool)
+    mask[50:60] = True
+    masked = choose_anchors(Sample("s", sample.tokens, mask), anchors=50, slots=15, anchor_range=None, rng=rng)
+    assert masked.tolist() == list(range(50, 59))
+
+
+def test_short_sequences_and_wrong_numbers_are_refused(engine: Engine) -> None:
+    short = [Sample("row 3", np.zeros(16, np.int32))]
+    with pytest.raises(DFlashError, match="row 3: expected room for an anchor and a block of 15 tokens"):
+        evaluate(engine.session, 16, short)
+    long = [Sample("row 4", np.zeros(5000, np.int32))]
+    with pytest.raises(CapacityError, match="row 4.*n_ctx"):
+        evaluate(engine.session, 16, long)
+    fine = [Sample("row 5", np.zeros(60, np.int32))]
+    for options, message in (
+        ({"anchors": 0}, "anchors"),
+        ({"anchor_range": (9, 3)}, "anchor range"),
+        ({"block_rows": 17}, "block_rows"),
+    ):
+        with pytest.raises(DFlashError, match=message):
+            evaluate(engine.session, 16, fine, **options)  # type: ignore[arg-type]
+
+
+def test_every_format_is_read(tmp_path: Path, engine: Engine) -> None:
+    np.save(tmp_path / "a.npy", np.arange(40, dtype=np.uint16).reshape(2, 20))
+    (tmp_path / "b.jsonl").write_text(
+        '{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}\n\n{"text": "def f():"}\n{"prompt": "x"}\n'
+    )
+    (tmp_path / "c.txt").write_text("import os\n")
+    files = [tmp_path / name for name in ("a.npy", "b.jsonl", "c.txt")]
+    samples = read_corpus(files, engine.tokenizer, engine.n_vocab)
+    assert [len(s.tokens) for s in samples][:3] == [20, 20, 3]
+    assert samples[2].loss_mask is not None
+    assert samples[2].loss_mask.tolist() == [False, True, True]
+    assert samples[3].tokens.tolist() == engine.tokenize("def f():")
+    assert samples[5].tokens.tolist() == engine.tokenize("import os\n")
+    assert len(read_corpus(files, engine.tokenizer, engine.n_vocab, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", np.array([[1, 2, 70000]], dtype=np.int32), "row 0: expected token ids in 0..1023.*70000.*position 2"),
+        ("a.npy", np.zeros((2, 3), dtype=np.float32), "expected integers"),
+        ("a.npy", b"not numpy", "a.npy"),
+        ("a.jsonl", b'{"input_ids": [1, -2]}\n', "line 1.*-2"),
+        ("a.jsonl", b'{"input_ids": [1, 2], "loss_mask": [1]}\n', "line 1: loss_mask"),
+        ("a.jsonl", b'{"text": "ok"}\n{"other": 1}\n', "line 2.*input_ids"),
+        ("a.jsonl", b"{\n", "line 1: expected one JSON object"),
+        ("a.txt", b"\xff\xfe\xff", "cannot be read"),
+        ("a.safetensors", b"12345678", "safetensors"),
+    ],
+)
+def test_wrong_data_is_refused(
+    name: str, content: np.ndarray | bytes, message: str, tmp_path: Path, engine: Engine
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    with pytest.raises(DFlashError, match=message):
+        read_corpus([tmp_path / name], engine.tokenizer, engine.n_vocab)
+
+
+def test_missing_files_and_empty_corpora_are_refused(tmp_path: Path, engine: Engine) -> None:
+    with pytest.raises(DFlashError, match="found nothing"):
+        read_corpus([tmp_path / "x.npy"], engine.tokenizer, engine.n_vocab)
+    (tmp_path / "e.jsonl").write_text("")
+    with pytest.raises(DFlashError, match="at least one sequence"):
+        read_corpus([tmp_path / "e.jsonl"], engine.tokenizer, engine.n_vocab)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    write_json_atomically(out, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json_atomically(out, {"a": object()})
+    assert json.loads(out.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_the_command(
+    tmp_path: Path, nano_path: Path, nano_drafter_path: Path, engine: Engine, prompts: list[Ids],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    np.save(tmp_path / "d.npy", own_text(engine, prompts[0]).tokens[None])
+    args = ["eval", "--target", str(nano_path), "--drafter", str(nano_drafter_path), "--data", str(tmp_path / "d.npy")]
+    assert main([*args, "--json", str(tmp_path / "o.json"), "--anchors", "3", "--anchor-range", "20:90"]) == 0
+    assert "m_accept" in capsys.readouterr().out
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert {"m_accept", "val_loss", "blocks", *(f"k{n}" for n in range(1, 9))} <= found.keys()
+    assert found["blocks"] == 3
+    assert main([*args, "--anchor-range", "2000:2001"]) == 2
+    assert "expected room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", ["mini", "mini-weak"])
+def test_the_table_is_reproduced(pair: str, make_engine: Callable[..., Engine]) -> None:
+    data = SHARED / "eval" / "mini-m2-heldout.npy"
+    if not data.is_file():
+        pytest.skip("needs ../shared/eval")
+    engine = make_engine(pair, n_ctx=1024)
+    samples = read_corpus([data], None, engine.n_vocab)[::8]  # an eighth: the whole takes minutes
+    result = evaluate(engine.session, engine.block_size, samples, anchors=24, anchor_range=(256, 1007))
+    found = result.to_dict()
+    # The table itself is a sample of 1536 blocks, and this is another one: four of their joint standard errors.
+    runs = [result.runs[result.sequence == s].mean() for s in range(len(samples))]
+    error = np.std(runs, ddof=1) * np.sqrt(1 / len(samples) + 1 / 256)
+    assert abs(found["m_accept"] - TABLE[pair]["m_accept"]) < 4 * error
+    assert found["val_loss"] == pytest.approx(TABLE[pair]["val_loss"], rel=0.15)
+    assert PAIRS[pair][0] == "mini-m2"
