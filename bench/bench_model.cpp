@@ -106,7 +106,7 @@ int main(int argc, char** argv) try {
     c.n_ff = 1536;
     c.n_vocab = 8192;
     c.rope = make_rope(64, 5e6);
-    model = MiniMaxM2::random(c, DType::Q4_0, DType::Q4_0, b, 1);
+    model = MiniMaxM2::random(c, DType::Q4_0, DType::Q4_0, 1.0f, b, 1);
   } else {
     model = MiniMaxM2::load(Gguf::open(gguf), b, nullptr);
   }

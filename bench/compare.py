@@ -28,7 +28,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows present in both: what, before, after, ratio, and verdict ("faster", "slower" or "same": quartiles overlap)."""
+    """Rows present in both: what, before, after, ratio, verdict ("faster", "slower", "same": quartiles overlap)."""
 
     def rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         out = {f"prefill, context {r['context']}": r["tokens_per_s"] for r in result["prefill"]}

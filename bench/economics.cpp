@@ -4,6 +4,9 @@
 // needs to break even.
 //
 //   economics [--backend cpu|hip] [--layers 62] [--vocab 200064] [--tokens 128] [--rounds 5] [--accept .638,.373,...]
+//   [--gain G]
+//
+// --gain: branch_gain, which sets how many experts rows share (see SyntheticOptions).
 
 #include <algorithm>
 #include <cstdio>
@@ -23,6 +26,7 @@ namespace {
 struct Options {
   std::string backend = "auto";
   int layers = 62, vocab = 200064, tokens = 128, rounds = 5, threads = 0;
+  float gain = 1.0f;
   std::vector<double> accept{0.638, 0.373, 0.191, 0.087};
 };
 
@@ -38,6 +42,8 @@ Options parse(int argc, char** argv) {
       for (std::string part; std::getline(in, part, ',');) o.accept.push_back(std::atof(part.c_str()));
     } else if (name == "--layers") {
       o.layers = std::atoi(value.c_str());
+    } else if (name == "--gain") {
+      o.gain = static_cast<float>(std::atof(value.c_str()));
     } else if (name == "--vocab") {
       o.vocab = std::atoi(value.c_str());
     } else if (name == "--tokens") {
@@ -102,7 +108,9 @@ int main(int argc, char** argv) try {
   options.n_threads = o.threads;
   const TargetConfig target = m27(o);
   const DrafterConfig drafter = l3h5(target);
-  const auto model = Model::synthetic(target, &drafter, SyntheticTypes{}, options, 1);
+  SyntheticOptions synthetic;
+  synthetic.branch_gain = o.gain;
+  const auto model = Model::synthetic(target, &drafter, synthetic, options, 1);
   std::printf("%s; %d layers, %.2f GB read for one token, drafter %.2f GB\n", model->backend->describe().c_str(),
               o.layers, static_cast<double>(model->target->bytes_per_token()) * 1e-9,
               static_cast<double>(model->drafter->weight_bytes() + model->target->head().bytes()) * 1e-9);

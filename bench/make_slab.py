@@ -17,11 +17,11 @@ EMBD, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, USED, FF, ROT = 3072, 48, 8, 128, 256,
 TYPES = {"Q4_0": (18, 7.5), "Q4_1": (20, 7.5), "Q8_0": (34, 127.0)}
 
 
-def random_blocks(rng: np.random.Generator, kind: str, rows: int, n_in: int) -> np.ndarray:
-    """[rows, row bytes] of blocks whose values have a standard deviation of about n_in ** -0.5."""
+def random_blocks(rng: np.random.Generator, kind: str, rows: int, n_in: int, std: float) -> np.ndarray:
+    """[rows, row bytes] of blocks whose values have about this standard deviation."""
     size, levels = TYPES[kind]
     blocks = rng.integers(0, 256, size=(rows, n_in // 32, size), dtype=np.uint8)
-    scale = np.full((rows, n_in // 32), np.sqrt(3.0 / n_in) / levels, dtype=np.float16)
+    scale = np.full((rows, n_in // 32), np.sqrt(3.0) * std / levels, dtype=np.float16)
     blocks[..., 0:2] = scale[..., None].view(np.uint8)
     if kind == "Q4_1":
         blocks[..., 2:4] = (scale * np.float16(-7.5)).astype(np.float16)[..., None].view(np.uint8)
@@ -62,15 +62,16 @@ def main() -> None:
     w.add_token_types([1] * args.vocab)
     w.add_token_merges(["t 0"])
 
-    def matrix(name: str, n_in: int, n_out: int, experts: int = 0, kind: str = args.type) -> None:
-        blocks = random_blocks(rng, kind, n_out * max(1, experts), n_in)
+    def matrix(name: str, n_in: int, n_out: int, experts: int = 0, kind: str = args.type, std: float = 0.0) -> None:
+        blocks = random_blocks(rng, kind, n_out * max(1, experts), n_in, std or n_in**-0.5)
         shape = (experts, n_out, -1) if experts else (n_out, -1)
         w.add_tensor(name, blocks.reshape(shape), raw_dtype=gguf.GGMLQuantizationType[kind])
 
     def ones(name: str, n: int) -> None:
         w.add_tensor(name, np.ones(n, dtype=np.float32))
 
-    matrix("token_embd.weight", EMBD, args.vocab, kind=args.head)
+    # Loud embeddings keep the rows of a batch apart, so that they choose different experts.
+    matrix("token_embd.weight", EMBD, args.vocab, kind=args.head, std=4.0)
     for i in range(args.layers):
         p = f"blk.{i}."
         ones(p + "attn_norm.weight", EMBD)

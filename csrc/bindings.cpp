@@ -338,22 +338,23 @@ void bind_model(py::module_& m) {
       .def_static(
           "synthetic",
           [](const py::dict& target, const py::object& drafter, const std::string& matrices, const std::string& head,
-             const std::string& drafter_matrices, const std::string& backend, int n_threads, const std::string& cpu_isa,
-             uint64_t seed) {
+             const std::string& drafter_matrices, float branch_gain, const std::string& backend, int n_threads,
+             const std::string& cpu_isa, uint64_t seed) {
             BackendOptions options;
             options.name = backend;
             options.n_threads = n_threads;
             options.cpu_isa = cpu_isa;
-            const SyntheticTypes types{dtype_named(matrices), dtype_named(head), dtype_named(drafter_matrices)};
+            const SyntheticOptions synthetic{dtype_named(matrices), dtype_named(head), dtype_named(drafter_matrices),
+                                             branch_gain};
             const TargetConfig shape = target_shape(target);
             std::optional<DrafterConfig> drafter_config;
             if (!drafter.is_none()) drafter_config = drafter_shape(drafter.cast<py::dict>(), shape);
             py::gil_scoped_release release;
-            return Model::synthetic(shape, drafter_config ? &*drafter_config : nullptr, types, options, seed);
+            return Model::synthetic(shape, drafter_config ? &*drafter_config : nullptr, synthetic, options, seed);
           },
           py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("matrices") = "Q4_0",
-          py::arg("head") = "Q8_0", py::arg("drafter_matrices") = "Q8_0", py::arg("backend") = "auto",
-          py::arg("n_threads") = 0, py::arg("cpu_isa") = "auto", py::arg("seed") = 1)
+          py::arg("head") = "Q8_0", py::arg("drafter_matrices") = "Q8_0", py::arg("branch_gain") = 1.0f,
+          py::arg("backend") = "auto", py::arg("n_threads") = 0, py::arg("cpu_isa") = "auto", py::arg("seed") = 1)
       .def_property_readonly("target_config", [](const Model& model) { return target_dict(*model.target); })
       .def_property_readonly("drafter_config",
                              [](const Model& model) -> py::object {
@@ -410,16 +411,18 @@ void bind_session(py::module_& m) {
 
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Session>(m, "Session")
-      .def(py::init([](std::shared_ptr<Model> model, int n_ctx, const std::string& kv_type, int n_batch) {
+      .def(py::init([](std::shared_ptr<Model> model, int n_ctx, const std::string& kv_type, int n_batch,
+                       const std::string& draft_rows) {
              SessionOptions options;
              options.n_ctx = n_ctx;
              options.kv_type = kv_type;
              options.n_batch = n_batch;
+             options.draft_rows = draft_rows;
              py::gil_scoped_release release;
              return std::make_unique<Session>(std::move(model), options);
            }),
            py::arg("model"), py::kw_only(), py::arg("n_ctx") = 8192, py::arg("kv_type") = "auto",
-           py::arg("n_batch") = 512)
+           py::arg("n_batch") = 512, py::arg("draft_rows") = "auto")
       .def_property_readonly("n_ctx", &Session::n_ctx)
       .def_property_readonly("kv_bytes", &Session::kv_bytes)
       .def_property_readonly("pos", &Session::pos)

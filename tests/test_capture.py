@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ids
 from safetensors import safe_open
 
+from conftest import Ids
 from dflash_cpp import DFlashError, Engine
 from dflash_cpp import capture as module
 from dflash_cpp.capture import FP8_MAX, CaptureOptions, capture, fp8_values, to_bf16, to_fp8

@@ -9,9 +9,9 @@ import itertools
 
 import numpy as np
 import pytest
-from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, moe, simulate
 
 from dflash_cpp import _core
+from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, moe, simulate
 
 SETTLED = 200  # rounds within which the policy has to have found its depth
 MEASURED = 400  # rounds judged after that
@@ -157,9 +157,8 @@ def test_bounds_are_respected() -> None:
             if source == "dflash":
                 depth = policy.verify_depth([0.99] * n)
                 assert 0 <= depth <= n
-                policy.observe(
-                    source, verified=depth, accepted=depth, confidence=[0.99] * n, draft_seconds=0.01, verify_seconds=1.0
-                )  # fmt: skip
+                told = {"confidence": [0.99] * n, "draft_seconds": 0.01, "verify_seconds": 1.0}
+                policy.observe(source, verified=depth, accepted=depth, **told)
             else:
                 policy.observe("none", verified=0, accepted=0, confidence=[], draft_seconds=0.0, verify_seconds=1.0)
     assert policy.plan(SLOTS, has_drafter=False) == ("none", 0)

@@ -1,4 +1,4 @@
-"""The acceptance table. Catches: wrong anchors, labels off by one, wrong leading runs, data accepted that cannot be right."""
+"""The acceptance table. Catches: wrong anchors, labels off by one, wrong leading runs, wrong data let in."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PAIRS, SHARED, Ids
 
+from conftest import PAIRS, SHARED, Ids
 from dflash_cpp import DFlashError, Engine
 from dflash_cpp.cli import main
 from dflash_cpp.corpus import Sample, read_corpus, write_json_atomically
@@ -91,7 +91,7 @@ def test_short_sequences_and_wrong_numbers_are_refused(engine: Engine) -> None:
     with pytest.raises(DFlashError, match="row 3: expected room for an anchor and a block of 15 tokens"):
         evaluate(engine.session, 16, short)
     long = [Sample("row 4", np.zeros(5000, np.int32))]
-    with pytest.raises(CapacityError, match="row 4.*n_ctx"):
+    with pytest.raises(CapacityError, match=r"row 4.*n_ctx"):
         evaluate(engine.session, 16, long)
     fine = [Sample("row 5", np.zeros(60, np.int32))]
     for options, message in (

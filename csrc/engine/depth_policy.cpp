@@ -10,16 +10,16 @@ namespace dflash {
 
 namespace {
 
-constexpr size_t kRecent = 12;       // measurements kept of each index
-constexpr double kClamp = 1.25;      // one measurement moves the scale as if it were at most this far off
-constexpr double kFollow = 0.1;      // share of a surprise that goes to the scale
+constexpr size_t kRecent = 12;         // measurements kept of each index
+constexpr size_t kShift = 4;           // measurements in a row that must all be ...
+constexpr double kShifted = 1.15;      // ... this far off, the same way, to say that the whole machine changed
 constexpr double kOthersWeight = 1.5;  // of what the neighbours or the line say, against an index' own measurements
-constexpr double kFirstClamp = 1.5;  // an index measured less than kTrusted times is at most this far above the line
+constexpr double kFirstClamp = 1.5;    // an index measured less than kTrusted times is at most this far above the line
 constexpr size_t kTrusted = 3;
-constexpr double kFade = 0.985;      // per measurement elsewhere, of the trust in an index' own ...
-constexpr double kLeast = 0.25;      // ... but not below this share
+constexpr double kFade = 0.985;               // per measurement elsewhere, of the trust in an index' own ...
+constexpr double kLeast = 0.25;               // ... but not below this share
 constexpr double kPriorWeightOfSlope = 0.02;  // the prior's slope, against measured ones
-constexpr double kHope = 0.25;       // benefit of the doubt of an index never measured
+constexpr double kHope = 0.15;                // benefit of the doubt of an index never measured
 
 }  // namespace
 
@@ -28,24 +28,41 @@ CostTable::CostTable(std::vector<double> prior)
 
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
-  if (!any()) {
-    scale_ = seconds;
-  } else if (count(index) > 0) {
-    const double surprise = std::clamp(seconds / at(index), 1.0 / kClamp, kClamp);
-    scale_ *= std::pow(surprise, kFollow);
-  }
+  if (count(index) > 0) follow(seconds / at(index));
   if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
   std::deque<double>& recent = recent_[index];
-  recent.push_back(seconds / scale_);
+  recent.push_back(seconds);
   if (recent.size() > kRecent) recent.pop_front();
-  // The faster half: delays are one-sided.
-  std::vector<double> sorted(recent.begin(), recent.end());
-  std::sort(sorted.begin(), sorted.end());
-  const size_t half = (sorted.size() + 1) / 2;
-  own_[index] = std::accumulate(sorted.begin(), sorted.begin() + static_cast<long>(half), 0.0) / static_cast<double>(half);
+  summarize(index);
   for (double& trust : trust_) trust *= kFade;
   trust_[index] = static_cast<double>(recent.size());
   fit();
+}
+
+// A longer context or a busier machine moves every index at once: then those not measured move along.
+void CostTable::follow(double surprise) {
+  surprises_.push_back(surprise);
+  if (surprises_.size() < kShift) return;
+  if (surprises_.size() > kShift) surprises_.pop_front();
+  const auto [least, most] = std::minmax_element(surprises_.begin(), surprises_.end());
+  if (*least < kShifted && *most > 1.0 / kShifted) return;
+  const double factor = *least >= kShifted ? *least : *most;  // the most careful of them
+  for (size_t i = 0; i < recent_.size(); ++i) {
+    for (double& seconds : recent_[i]) seconds *= factor;
+    own_[i] *= factor;
+  }
+  surprises_.clear();
+  fit();
+}
+
+// The faster half: delays are one-sided.
+void CostTable::summarize(size_t index) {
+  const std::deque<double>& recent = recent_[index];
+  std::vector<double> sorted(recent.begin(), recent.end());
+  std::sort(sorted.begin(), sorted.end());
+  const size_t half = (sorted.size() + 1) / 2;
+  own_[index] =
+      std::accumulate(sorted.begin(), sorted.begin() + static_cast<long>(half), 0.0) / static_cast<double>(half);
 }
 
 double CostTable::trust(size_t index) const {
@@ -66,26 +83,25 @@ void CostTable::fit() {
   const double m00 = w + k, m01 = wx - k, m11 = wxx + k;
   const double determinant = m00 * m11 - m01 * m01;
   double a = (wy * m11 - wxy * m01) / determinant, b = (m00 * wxy - m01 * wy) / determinant;
-  if (b < 0.0) a = wy / w, b = 0.0;                       // more rows are never taken to be cheaper
+  if (b < 0.0) a = wy / w, b = 0.0;                            // more rows are never taken to be cheaper
   if (a <= 0.0) b = (wy + wxy) / (w + 2.0 * wx + wxx), a = b;  // nor one row to be free: the prior's shape
   const auto x = [&](size_t i) { return prior_[i] / prior_[0] - 1.0; };
-  cost_.emplace(prior_.size());
+  cost_.resize(prior_.size());
   for (size_t i = 0; i < prior_.size(); ++i) {
     size_t below = i, above = i + 1;
-    while (below > 0 && count(--below) == 0) {}
+    while (below > 0 && count(--below) == 0) {
+    }
     while (above < prior_.size() && count(above) == 0) ++above;
     double others = a + b * x(i);
     if (below < i && count(below) > 0 && above < prior_.size()) {
       const double t = (x(i) - x(below)) / std::max(x(above) - x(below), 1e-9);
       others = own_[below] * (1.0 - t) + own_[above] * t;
     }
-    (*cost_)[i] = (trust(i) * own_[i] + kOthersWeight * others) / (trust(i) + kOthersWeight);
+    cost_[i] = (trust(i) * own_[i] + kOthersWeight * others) / (trust(i) + kOthersWeight);
   }
 }
 
-double CostTable::hopeful(size_t index) const {
-  return at(index) * (1.0 - kHope / (1.0 + trust(index)));
-}
+double CostTable::hopeful(size_t index) const { return at(index) * (1.0 - kHope / (1.0 + trust(index))); }
 
 // ---- Calibration ------------------------------------------------------------------------------------------------
 
@@ -146,15 +162,15 @@ std::vector<double> draft_prior(int max_depth, double draft) {
 }
 
 constexpr size_t kStale = 3;           // drafted rounds remembered through a wait
-constexpr double kReplayFade = 0.955;   // weight of a drafted round against the next newer one
+constexpr double kReplayFade = 0.955;  // weight of a drafted round against the next newer one
 constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
-constexpr double kMargin = 1.01;       // drafting must promise this much over plain decoding
+constexpr double kMargin = 1.045;      // drafting must promise this much: the best of noisy estimates promises too much
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
-constexpr double kLongestWait = 256;   // and between probes that show nothing
-constexpr double kYardstickShare = 0.005;
-constexpr double kProbeShare = 0.0075; // of the time, that probes may cost
+constexpr double kLongestWait = 128;   // and between probes that show nothing
+constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
+constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
 
 }  // namespace
 
@@ -236,7 +252,11 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
   rate_ = std::max({plain, draft.rate, lookup.rate});
 
-  if (lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate) {
+  const bool copy = lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate;
+  const bool unknown = has_drafter && replay_.empty();
+  const bool probe_due = has_drafter && parked_ && wait_ <= 1;  // runs of lookup must not keep a probe away
+  if (copy && !unknown && !probe_due) {
+    if (parked_) --wait_;
     return {DraftSource::lookup, lookup.n};
   }
   if (!has_drafter) return {};

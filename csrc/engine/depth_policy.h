@@ -11,7 +11,6 @@
 #include <array>
 #include <cstddef>
 #include <deque>
-#include <optional>
 #include <vector>
 
 namespace dflash {
@@ -25,11 +24,11 @@ struct DraftPlan {
 
 struct RoundOutcome {
   DraftSource source = DraftSource::none;
-  int drafted = 0;                // slots the drafter computed (0 for lookup)
-  int verified = 0;               // drafts that travelled with the anchor: the pass had verified + 1 rows
+  int drafted = 0;   // slots the drafter computed (0 for lookup)
+  int verified = 0;  // drafts that travelled with the anchor: the pass had verified + 1 rows
   int accepted = 0;
-  int next_stood = -1;            // all verified stood: would the first unverified draft have (1), or not (0)?
-  bool cut = false;               // the text ended inside the block: what follows is unknown, not rejected
+  int next_stood = -1;  // all verified stood: would the first unverified draft have (1), or not (0)?
+  bool cut = false;     // the text ended inside the block: what follows is unknown, not rejected
   int lookup_match = 0;
   std::vector<float> confidence;  // [drafted] the drafter's top-1 probability of each slot
   double draft_seconds = 0.0;     // drafter and its head
@@ -42,28 +41,29 @@ struct CostPrior {
   double draft = 0.2;          // one drafter run
 };
 
-// Seconds by index, from noisy measurements. Each index keeps its last few; all share one slow scale (a longer
-// context or a busier machine moves every index). A line through all of them, over the prior's shape, speaks for
-// indices not measured yet, and steadies those measured once or twice.
+// Seconds by index, from noisy measurements: each index keeps its last few and counts the faster half of them. A line
+// through all, over the prior's shape, and the neighbours speak for indices hardly measured.
 class CostTable {
  public:
   explicit CostTable(std::vector<double> prior);
   void observe(size_t index, double seconds);
-  double at(size_t index) const { return any() ? scale_ * (*cost_)[index] : prior_[index]; }
+  double at(size_t index) const { return any() ? cost_[index] : prior_[index]; }
   // The same, but an index hardly measured is given the benefit of the doubt, so that it is tried where it may pay.
   double hopeful(size_t index) const;
   size_t count(size_t index) const { return recent_[index].size(); }
-  bool any() const { return cost_.has_value(); }
+  bool any() const { return !cost_.empty(); }
 
  private:
+  void follow(double surprise);
+  void summarize(size_t index);
   double trust(size_t index) const;  // measurements, those of long ago counted less
   void fit();
   std::vector<double> prior_;
-  std::vector<std::deque<double>> recent_;     // seconds / scale at the time
-  std::vector<double> own_;                    // from recent_ alone
+  std::vector<std::deque<double>> recent_;
+  std::vector<double> own_;  // from recent_ alone
   std::vector<double> trust_;
-  std::optional<std::vector<double>> cost_;    // with the line, in units of the scale
-  double scale_ = 1.0;
+  std::vector<double> cost_;      // empty before the first measurement
+  std::deque<double> surprises_;  // found over expected, the last few measurements of any index
 };
 
 // P(slot's draft stands | those before it stood, the drafter gave it probability c).
@@ -106,8 +106,8 @@ class DepthPolicy {
   bool parked() const { return parked_; }
 
  private:
-  static constexpr size_t kReplay = 48;      // drafted rounds kept for replay
-  static constexpr int kFirstDepth = 4;      // slots asked for before anything is known
+  static constexpr size_t kReplay = 48;  // drafted rounds kept for replay
+  static constexpr int kFirstDepth = 4;  // slots asked for before anything is known
   static constexpr int kLookupBuckets = 5;
   struct Choice {
     int n = 0;
@@ -125,8 +125,8 @@ class DepthPolicy {
   Calibration calibration_;
   std::deque<std::vector<float>> replay_;  // confidences of the last drafted rounds, newest first
   std::array<double, kLookupBuckets> lookup_acceptance_;
-  double bias_ = 1.0;      // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
-  double rate_ = 0.0;      // tokens a second of the best choice, the price of time in verify_depth()
+  double bias_ = 1.0;  // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
+  double rate_ = 0.0;  // tokens a second of the best choice, the price of time in verify_depth()
   int drafted_rounds_ = 0;
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes

@@ -59,13 +59,14 @@ std::shared_ptr<Model> Model::load(const std::string& target_path, const std::st
 }
 
 std::shared_ptr<Model> Model::synthetic(const TargetConfig& target, const DrafterConfig* drafter,
-                                        const SyntheticTypes& types, const BackendOptions& options, uint64_t seed) {
+                                        const SyntheticOptions& synthetic, const BackendOptions& options,
+                                        uint64_t seed) {
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
-  m->target = MiniMaxM2::random(target, types.matrices, types.head, *m->backend, seed);
+  m->target = MiniMaxM2::random(target, synthetic.matrices, synthetic.head, synthetic.branch_gain, *m->backend, seed);
   if (drafter != nullptr) {
     check_pair(target, *drafter);
-    m->drafter = DFlashDrafter::random(*drafter, *m->target, types.drafter, *m->backend, seed + 1000003);
+    m->drafter = DFlashDrafter::random(*drafter, *m->target, synthetic.drafter, *m->backend, seed + 1000003);
   }
   return m;
 }

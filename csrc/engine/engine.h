@@ -17,11 +17,14 @@ struct DrafterOverrides {
   int32_t mask_token_id = -1;  // -1: the file's
 };
 
-// Random weights of these types, for measuring shapes without files.
-struct SyntheticTypes {
+// Random weights, for measuring shapes without files.
+struct SyntheticOptions {
   DType matrices = DType::Q4_0;
   DType head = DType::Q8_0;  // and embedding
   DType drafter = DType::Q8_0;
+  // Weight of the layers' input norms. At 1 random layers drown what a row started from, rows grow alike layer by
+  // layer and share their experts; smaller, rows stay apart and wake experts of their own.
+  float branch_gain = 1.0f;
 };
 
 struct Model {
@@ -37,7 +40,8 @@ struct Model {
                                      const DrafterOverrides& overrides = {});
   // drafter may be null.
   static std::shared_ptr<Model> synthetic(const TargetConfig& target, const DrafterConfig* drafter,
-                                          const SyntheticTypes& types, const BackendOptions& options, uint64_t seed);
+                                          const SyntheticOptions& synthetic, const BackendOptions& options,
+                                          uint64_t seed);
 
   int block_size() const { return drafter ? drafter->config().block_size : kLookupBlock; }
   static constexpr int kLookupBlock = 16;  // anchor + drafts when only prompt lookup proposes

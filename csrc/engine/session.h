@@ -20,6 +20,9 @@ struct SessionOptions {
   int n_ctx = 8192;              // tokens, prompt and answer together
   std::string kv_type = "auto";  // auto (f16; f32 in precise mode) | f16 | q8_0 | f32
   int n_batch = 512;             // prompt tokens in one prefill pass
+  // Mask rows the drafter runs: "slots" (just those asked for), "block" (all of them, of which the first are used:
+  // better drafts, since the block is bidirectional, for more work) or "auto" (measured in docs/speculation.md).
+  std::string draft_rows = "auto";
 };
 
 struct GenerateParams {
@@ -89,6 +92,7 @@ class Session {
   void forward_verify(const int32_t* tokens, int rows);
   enum class StepKind : uint64_t { verify = 1, draft = 2, ingest = 3 };
   uint64_t step_key(StepKind kind, int rows) const;
+  uint64_t draft_key(int n, int rows) const;
   float* pending_taps(int row) const;
   void commit(int rows);     // rows of the last pass stay in the caches
   void keep_taps(int rows);  // of a verify pass: to the pending rows
@@ -106,6 +110,7 @@ class Session {
 
   std::shared_ptr<Model> model_;
   const uint64_t id_;  // of this session on its model
+  const bool whole_block_;
   SessionOptions options_;
   Backend& backend_;
   KvCache kv_;

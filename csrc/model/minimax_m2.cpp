@@ -51,8 +51,8 @@ std::unique_ptr<MiniMaxM2> MiniMaxM2::load(std::shared_ptr<const Gguf> gguf, Bac
   return m;
 }
 
-std::unique_ptr<MiniMaxM2> MiniMaxM2::random(const TargetConfig& config, DType matrices, DType head, Backend& backend,
-                                             uint64_t seed) {
+std::unique_ptr<MiniMaxM2> MiniMaxM2::random(const TargetConfig& config, DType matrices, DType head, float branch_gain,
+                                             Backend& backend, uint64_t seed) {
   auto m = std::make_unique<MiniMaxM2>();
   const TargetConfig& c = m->config_ = config;
   auto matrix = [&](DType type, int64_t n_in, int64_t n_out, int64_t n_expert = 1) {
@@ -65,14 +65,14 @@ std::unique_ptr<MiniMaxM2> MiniMaxM2::random(const TargetConfig& config, DType m
   m->embedding_ = matrix(head, c.n_embd, c.n_vocab);
   for (int i = 0; i < c.n_layer; ++i) {
     Layer layer;
-    layer.attn_norm = constant(c.n_embd, 1.0f);
+    layer.attn_norm = constant(c.n_embd, branch_gain);
     layer.q = matrix(matrices, c.n_embd, q_dim);
     layer.k = matrix(matrices, c.n_embd, kv_dim);
     layer.v = matrix(matrices, c.n_embd, kv_dim);
     layer.q_norm = constant(q_dim, 1.0f);
     layer.k_norm = constant(kv_dim, 1.0f);
     layer.attn_output = matrix(matrices, q_dim, c.n_embd);
-    layer.ffn_norm = constant(c.n_embd, 1.0f);
+    layer.ffn_norm = constant(c.n_embd, branch_gain);
     layer.router = matrix(DType::F32, c.n_embd, c.n_expert);
     layer.router_bias = constant(c.n_expert, 0.0f);
     layer.gate = matrix(matrices, c.n_embd, c.n_ff, c.n_expert);

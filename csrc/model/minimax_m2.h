@@ -44,9 +44,10 @@ class MiniMaxM2 {
   };
 
   static std::unique_ptr<MiniMaxM2> load(std::shared_ptr<const Gguf> gguf, Backend& backend, const Progress& progress);
-  // Random weights of the given shape and matrix type, for measuring shapes without files.
-  static std::unique_ptr<MiniMaxM2> random(const TargetConfig& config, DType matrices, DType head, Backend& backend,
-                                           uint64_t seed);
+  // Random weights of the given shape and matrix type, for measuring shapes without files. branch_gain: weight of
+  // the layers' input norms.
+  static std::unique_ptr<MiniMaxM2> random(const TargetConfig& config, DType matrices, DType head, float branch_gain,
+                                           Backend& backend, uint64_t seed);
 
   const TargetConfig& config() const { return config_; }
   const Weight& embedding() const { return embedding_; }

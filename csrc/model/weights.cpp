@@ -39,6 +39,7 @@ Weight WeightLoader::take(const std::string& name, int64_t n_in, int64_t n_out, 
   host.n_expert = n_expert;
   host.data = gguf_->tensor_data(*t);
   host.bytes = t->bytes;
+  host.file_mapping = true;
   Weight w = backend_.load(host, gguf_->share_file());
   taken_.insert(name);
   done_ += t->bytes;

@@ -76,6 +76,7 @@ class Model:
         matrices: str = "Q4_0",
         head: str = "Q8_0",
         drafter_matrices: str = "Q8_0",
+        branch_gain: float = 1.0,
         backend: str = "auto",
         n_threads: int = 0,
         cpu_isa: str = "auto",
@@ -83,7 +84,9 @@ class Model:
     ) -> Model:
         """A model of any shape with random weights, made in backend memory. target: n_layer, n_embd, n_head,
         n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab (optional rope_theta, rms_eps);
-        drafter: n_layer, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers (optional rope_theta)."""
+        drafter: n_layer, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers (optional rope_theta).
+        branch_gain: weight of the layers' input norms; at 1 random rows grow alike and share experts, smaller
+        leaves each row experts of its own (look at experts_by_width)."""
     @property
     def target_config(self) -> dict[str, Any]:
         """n_layer, n_embd, n_head, n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab, rope_theta,
@@ -140,8 +143,18 @@ class StepResult:
 class Session:
     """One timeline: target KV, drafter KV, tokens, statistics."""
 
-    def __init__(self, model: Model, *, n_ctx: int = 8192, kv_type: str = "auto", n_batch: int = 512) -> None:
-        """kv_type: "f16", "q8_0", "f32" or "auto" (f16; f32 in precise mode)."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int = 8192,
+        kv_type: str = "auto",
+        n_batch: int = 512,
+        draft_rows: str = "auto",
+    ) -> None:
+        """kv_type: "f16", "q8_0", "f32" or "auto" (f16; f32 in precise mode). draft_rows: mask rows the drafter runs,
+        "slots" (those asked for), "block" (all; better drafts for more work) or "auto" (block where the drafter reads
+        less than a quarter of a target pass)."""
     @property
     def n_ctx(self) -> int: ...
     @property
@@ -164,7 +177,8 @@ class Session:
     ) -> int:
         """Starts a generation: keeps the common prefix of the caches and returns its length. depth: -1 auto,
         0..block_size-1 fixed. simulate_accept[i]: impose acceptance, the chance that drafts 1..i+1 all stand
-        (benchmarks of synthetic models; the drafter's confidences are replaced to match). Raises DFlashError (empty prompt, token out of range), CapacityError (too long)."""
+        (benchmarks of synthetic models; the drafter's confidences are replaced to match). Raises DFlashError (empty
+        prompt, token out of range), CapacityError (too long)."""
     def prefill(self) -> tuple[int, int]:
         """Runs one chunk of the prompt; (done, total). Call until done == total."""
     def step(self) -> StepResult:

@@ -11,6 +11,7 @@ from .errors import DFlashError
 
 # Okabe and Ito's colours: told apart by everyone.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+_FEWEST_CALLS: Final = 5  # of a width, to be drawn
 _LINES: Final = (_BLUE, _GREEN, "#CC79A7", "#E69F00")
 
 
@@ -30,9 +31,8 @@ def plot_bench(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     _speed(speed, result)
     _acceptance(accept, result)
     _cost(cost, result)
-    name = result["model"].get("name") or "synthetic"
-    drafter = (result["drafter"] or {}).get("name") or "no drafter"
-    title = f"{name} + {drafter}, {result['backend']}, {result['n_threads']} threads"
+    names = [(result[key] or {}).get("name") for key in ("model", "drafter")]
+    title = f"{' + '.join(n for n in names if n) or 'synthetic'}, {result['backend']}"
     figure.suptitle(title, fontsize=10, color=_GREY)
     final = Path(path)
     partial = final.with_name(f".{final.stem}.partial{final.suffix or '.png'}")
@@ -66,7 +66,7 @@ def _speed(axes: Any, result: dict[str, Any]) -> None:
         axes.errorbar(x, y, yerr=[low, high], color=colour, marker="o", capsize=2, label=f"fixed, context {context}")
         axes.axhline(y[0], color=colour, linestyle=":", linewidth=1)
         last = max(x)
-        axes.annotate("plain = break-even", (last, y[0]), (0, 3), textcoords="offset points", ha="right",
+        axes.annotate("plain = break-even", (last, y[0]), (0, -11), textcoords="offset points", ha="right",
                       fontsize=8, color=colour)  # fmt: skip
         for auto in (r for r in rows if r["depth"] == "auto"):
             value = auto["tokens_per_s"]
@@ -93,7 +93,7 @@ def _acceptance(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _cost(axes: Any, result: dict[str, Any]) -> None:
-    rows = [r for r in result["verify_cost"] if r["relative"] is not None]
+    rows = [r for r in result["verify_cost"] if r["relative"] is not None and r["calls"] >= _FEWEST_CALLS]
     x = [r["width"] for r in rows]
     axes.plot(x, [r["relative"] for r in rows], color=_BLUE, marker="o", label="measured")
     counted = [r for r in rows if r["bytes_relative"] is not None]
@@ -101,7 +101,8 @@ def _cost(axes: Any, result: dict[str, Any]) -> None:
         label = "byte model (distinct experts counted)"
         axes.plot([r["width"] for r in counted], [r["bytes_relative"] for r in counted], color=_ORANGE,
                   marker="s", linestyle="--", label=label)  # fmt: skip
-    even = break_even(result)
+    shown = set(x)
+    even = [e for e in break_even(result) if e["depth"] + 1 in shown]
     if even:
         axes.plot([e["depth"] + 1 for e in even], [e["m_accept"] + 1.0 for e in even], color=_GREEN, marker="^",
                   linewidth=1, label="with the draft: tokens a step needed")  # fmt: skip

@@ -2,7 +2,9 @@
 // instruction set, the number of rows that travel together, the number of threads and the weight layout.
 
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <random>
@@ -11,6 +13,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
 #include "check.h"
+#include "core/mapped_file.h"
 #include "quant/half.h"
 
 using namespace dflash;
@@ -649,6 +652,24 @@ void test_random_weights() {
   }
 }
 
+// Repacking from a file lets the mapping's pages go behind it; the file must still read the same afterwards.
+void test_file_mapping() {
+  Random random;
+  const Matrix m = make_matrix(random, DType::Q8_0, 256, 1000, 3);
+  const std::string path = cat("/tmp/dflash_test_cpu_ops.", std::random_device{}(), ".bin");
+  std::ofstream(path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(m.bytes.data()), static_cast<std::streamsize>(m.bytes.size()));
+  const auto file = std::make_shared<MappedFile>(path);
+  std::remove(path.c_str());
+  const auto b = backend("auto", false, 2);
+  HostTensor t{"w", m.type, m.n_in, m.n_out, m.n_expert, file->data(), file->size()};
+  t.file_mapping = true;
+  const Weight mapped = b->load(t, file), copied = load(*b, m);
+  const size_t padded = static_cast<size_t>(3 * cpu::panels_of(1000)) * cpu::panel_bytes(mapped);
+  CHECK(std::memcmp(mapped.data, copied.data, padded) == 0);
+  CHECK(std::memcmp(file->data(), m.bytes.data(), m.bytes.size()) == 0);
+}
+
 void test_errors() {
   CHECK_THROWS(backend("sse9", false, 1), "Available: auto, ");
   const auto b = backend("auto", false, 1);
@@ -717,6 +738,7 @@ int main() {
     test_ties_and_extremes(*b.others.back(), precise);
   }
   test_random_weights();
+  test_file_mapping();
   test_errors();
   test_pool();
   return test::report("test_cpu_ops");

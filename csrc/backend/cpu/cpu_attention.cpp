@@ -87,56 +87,80 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
   float* partial =
       spans > 1 ? partial_.get<float>(static_cast<size_t>(n_chunks * step.rows * a.n_head * result)) : nullptr;
 
-  const auto chunk = [&](int kv_head, int r, int c, float* max, float* sum, float* acc) {
+  // The part of chunk c that row r sees.
+  const auto part = [&](int r, int c) {
     const Range range = visible(r);
+    return Range{std::max(range.begin, c * kKvChunk), std::min(range.end, (c + 1) * kKvChunk)};
+  };
+  // Rows from r on, up to r1, that see the same part of chunk c and began to see keys in the same chunk.
+  const auto alike = [&](int r, int r1, int c) {
+    const Range want = part(r, c);
+    int n = 1;
+    while (r + n < r1 && part(r + n, c).begin == want.begin && part(r + n, c).end == want.end &&
+           visible(r + n).begin / kKvChunk == visible(r).begin / kKvChunk) {
+      ++n;
+    }
+    return n;
+  };
+  // Results of n rows: max and sum at state + row * state_stride, acc at acc + row * acc_stride.
+  const auto chunk = [&](int kv_head, int r, int n, int c, float* state, int64_t state_stride, float* acc,
+                         int64_t acc_stride) {
     AttentionChunk t;
-    t.begin = std::max(range.begin, c * kKvChunk);
-    t.end = std::min(range.end, (c + 1) * kKvChunk);
-    if (t.begin >= t.end) return false;
+    t.begin = part(r, c).begin;
+    t.end = part(r, c).end;
     t.type = kv.type;
     t.k = static_cast<const uint8_t*>(kv.k) + head_bytes * static_cast<size_t>(kv_head);
     t.v = static_cast<const uint8_t*>(kv.v) + head_bytes * static_cast<size_t>(kv_head);
     t.q = q + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+    t.q_stride = q_width;
+    t.n_rows = n;
     t.n_head = group;
     t.head_dim = a.head_dim;
     t.scale = a.scale;
-    t.max = max;
-    t.sum = sum;
+    t.max = state;
+    t.sum = state + group;
+    t.state_stride = state_stride;
     t.acc = acc;
+    t.acc_stride = acc_stride;
     k_.attention_chunk(t);
-    return true;
   };
   const size_t bytes = 2 * head_bytes / static_cast<size_t>(kv.n_ctx) * static_cast<size_t>(end) *
                        static_cast<size_t>(a.n_head) * static_cast<size_t>(step.rows);
+  const int64_t group_width = static_cast<int64_t>(group) * a.head_dim;
 
   if (spans == 1) {
     parallel(items, bytes, [&](int64_t item, int thread) {
       const int kv_head = static_cast<int>(item % a.n_head_kv), r0 = static_cast<int>(item / a.n_head_kv) * row_block;
       const int r1 = std::min(step.rows, r0 + row_block);
-      // Per row of the block and head: running max and sum; then the chunk's max, sum, acc.
-      const size_t heads = static_cast<size_t>(group);
-      float* state = thread_[static_cast<size_t>(thread)].attention.get<float>(
-          static_cast<size_t>(row_block) * heads * 2 + heads * static_cast<size_t>(result));
-      float* chunk_max = state + static_cast<size_t>(row_block) * heads * 2;
-      float *chunk_sum = chunk_max + group, *chunk_acc = chunk_sum + group;
+      // Per row of the block: the running max and sum of its heads, then the same and acc of the chunk at hand.
+      float* running = thread_[static_cast<size_t>(thread)].attention.get<float>(
+          static_cast<size_t>(row_block) * static_cast<size_t>(4 * group + group_width));
+      float* state = running + static_cast<int64_t>(row_block) * 2 * group;
+      float* acc = state + static_cast<int64_t>(row_block) * 2 * group;
+      float* to = out + r0 * q_width + kv_head * group_width;
       for (int c = first_chunk; c <= last_chunk; ++c) {
-        for (int r = r0; r < r1; ++r) {
-          float *max = state + static_cast<size_t>(r - r0) * heads * 2, *sum = max + group;
-          float* acc = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
+        for (int r = r0, n = 0; r < r1; r += n) {
+          n = alike(r, r1, c);
+          if (part(r, c).begin >= part(r, c).end) continue;
+          float* row_running = running + (r - r0) * 2 * group;
+          float* row_to = to + (r - r0) * q_width;
           if (c == visible(r).begin / kKvChunk) {
-            chunk(kv_head, r, c, max, sum, acc);
-          } else if (chunk(kv_head, r, c, chunk_max, chunk_sum, chunk_acc)) {
+            chunk(kv_head, r, n, c, row_running, 2 * group, row_to, q_width);
+            continue;
+          }
+          chunk(kv_head, r, n, c, state, 2 * group, acc, group_width);
+          for (int i = 0; i < n; ++i) {
             for (int h = 0; h < group; ++h) {
-              k_.attention_merge(max + h, sum + h, acc + h * a.head_dim, chunk_max[h], chunk_sum[h],
-                                 chunk_acc + h * a.head_dim, a.head_dim);
+              float *old = row_running + i * 2 * group + h, *fresh = state + i * 2 * group + h;
+              k_.attention_merge(old, old + group, row_to + i * q_width + h * a.head_dim, fresh[0], fresh[group],
+                                 acc + i * group_width + h * a.head_dim, a.head_dim);
             }
           }
         }
       }
       for (int r = r0; r < r1; ++r) {
-        const float* sum = state + static_cast<size_t>(r - r0) * heads * 2 + group;
-        float* acc = out + r * q_width + static_cast<int64_t>(kv_head) * group * a.head_dim;
-        for (int h = 0; h < group; ++h) k_.scale(1.0f / sum[h], a.head_dim, acc + h * a.head_dim);
+        const float* sum = running + (r - r0) * 2 * group + group;
+        for (int h = 0; h < group; ++h) k_.scale(1.0f / sum[h], a.head_dim, to + (r - r0) * q_width + h * a.head_dim);
       }
     });
     return;
@@ -151,9 +175,12 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
     const int c = first_chunk + static_cast<int>(item % n_chunks);
     const int kv_head = static_cast<int>(item / n_chunks % a.n_head_kv);
     const int r0 = static_cast<int>(item / n_chunks / a.n_head_kv) * row_block;
-    for (int r = r0; r < std::min(step.rows, r0 + row_block); ++r) {
+    const int r1 = std::min(step.rows, r0 + row_block);
+    for (int r = r0, n = 0; r < r1; r += n) {
+      n = alike(r, r1, c);
       float* s = slot(c, r, kv_head);
-      chunk(kv_head, r, c, s, s + group, s + 2 * group);
+      const int64_t stride = a.n_head * result;
+      if (part(r, c).begin < part(r, c).end) chunk(kv_head, r, n, c, s, stride, s + 2 * group, stride);
     }
   });
   parallel(static_cast<int64_t>(step.rows) * a.n_head_kv,

@@ -45,7 +45,9 @@ void random_row(DType type, int64_t n, Noise noise, uint8_t* row) {
     const float levels = type == DType::Q8_0 ? 127.0f : 7.5f;
     const size_t bytes = row_bytes(type, 32);
     for (int64_t g = 0; g < n / 32; ++g, row += bytes) {
-      const float d = bound / levels * (0.75f + 0.5f * noise.uniform());
+      // Either sign: quants are not centred (-8..7), and a common mean would drown all differences within a few layers.
+      const float sign = noise.uniform() < 0.5f ? -1.0f : 1.0f;
+      const float d = sign * bound / levels * (0.75f + 0.5f * noise.uniform());
       put16(row, f32_to_f16(d));
       if (type == DType::Q4_1) put16(row + 2, f32_to_f16(-d * (7.0f + noise.uniform())));
       const int header = type == DType::Q4_1 ? 4 : 2;
@@ -93,12 +95,12 @@ void unpack_row(const Weight& w, int lane, const uint8_t* panel, uint8_t* row) {
   }
 }
 
-// Unmaps the whole pages of a range of a file mapping; a later read would fetch them from the file again.
-void drop_pages(const uint8_t* p, size_t bytes) {
+// Advice on the whole pages inside a range of a file mapping. Refusals do not matter.
+void advise(const uint8_t* p, size_t bytes, int advice) {
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 }
 
 size_t mem_available() {
@@ -178,14 +180,24 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
   const size_t panel = panel_bytes(w), row = row_bytes(t.type, t.n_in);
   const Buffer packed = alloc(panel * static_cast<size_t>(panels * t.n_expert));
   const uint8_t* rows = static_cast<const uint8_t*>(t.data);
-  // Pieces of a few megabytes; the pages of the mapping behind a finished piece go, so memory is not held twice.
-  const int64_t piece = std::max<int64_t>(1, static_cast<int64_t>((8 << 20) / panel));
-  pool_.parallel_for((panels * t.n_expert + piece - 1) / piece, [&](int64_t i, int) {
-    const int64_t begin = i * piece, end = std::min(panels * t.n_expert, begin + piece);
+  // Pieces of a few megabytes: read ahead of the one at hand, and let the mapping's pages behind it go, so that memory
+  // is not held twice.
+  const int64_t total = panels * t.n_expert, piece = std::max<int64_t>(1, static_cast<int64_t>((8 << 20) / panel));
+  const auto source = [&](int64_t p) {
+    return rows + row * static_cast<size_t>(p / panels * t.n_out + p % panels * kPanel);
+  };
+  pool_.parallel_for((total + piece - 1) / piece, [&](int64_t i, int) {
+    const int64_t begin = i * piece, end = std::min(total, begin + piece), next = std::min(total, end + piece);
+    if (t.file_mapping) {
+      advise(source(end), static_cast<size_t>(source(next) - source(end)), MADV_WILLNEED);
+#if defined(MADV_POPULATE_READ)
+      advise(source(begin), static_cast<size_t>(source(end) - source(begin)), MADV_POPULATE_READ);
+#endif
+    }
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p % panels * kPanel;
       const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, t.n_out - first));
-      const uint8_t* from = rows + row * static_cast<size_t>(p / panels * t.n_out + first);
+      const uint8_t* from = source(p);
       uint8_t* to = packed.as<uint8_t>() + panel * static_cast<size_t>(p);
       if (is_quantized(t.type)) {
         k_.pack_panel(t.type, from, n_rows, t.n_in / 32, to);
@@ -193,10 +205,7 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
         pack_float_panel(from, n_rows, row, static_cast<size_t>(info.bytes), to);
       }
     }
-    const auto source_row = [&](int64_t p) {
-      return row * static_cast<size_t>(p / panels * t.n_out + p % panels * kPanel);
-    };
-    if (t.file_mapping) drop_pages(rows + source_row(begin), source_row(end) - source_row(begin));
+    if (t.file_mapping) advise(source(begin), static_cast<size_t>(source(end) - source(begin)), MADV_DONTNEED);
   });
   w.layout = kPanelLayout;
   w.data = packed.data;

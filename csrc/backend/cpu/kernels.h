@@ -37,20 +37,24 @@ constexpr size_t panel_bytes(DType type, int64_t n_in) {
   return static_cast<size_t>(kPanel) * row_bytes(type, is_quantized(type) ? n_in : (n_in + 15) / 16 * 16);
 }
 
-// One head group of one row over the keys [begin, end) of one chunk.
+// The query heads of one KV head, for some rows that all see the keys [begin, end) of one chunk.
 struct AttentionChunk {
   DType type = DType::F16;
   const uint8_t* k = nullptr;  // position 0 of this KV head
   const uint8_t* v = nullptr;
-  const float* q = nullptr;  // [n_head, head_dim]
-  int n_head = 0;            // query heads sharing this KV head
-  int head_dim = 0;          // multiple of 16
+  const float* q = nullptr;  // row r, head h: q + r * q_stride + h * head_dim
+  int64_t q_stride = 0;
+  int n_rows = 0;
+  int n_head = 0;    // query heads sharing this KV head
+  int head_dim = 0;  // multiple of 16
   float scale = 0.0f;
   int begin = 0, end = 0;
-  // Results, per head: max score, sum of exp(score - max), sum of exp(score - max) * v.
-  float* max = nullptr;  // [n_head]
-  float* sum = nullptr;  // [n_head]
-  float* acc = nullptr;  // [n_head, head_dim]
+  // Results per row and head: max score, sum of exp(score - max), sum of exp(score - max) * v.
+  float* max = nullptr;  // max + r * state_stride + h
+  float* sum = nullptr;  // sum + r * state_stride + h
+  int64_t state_stride = 0;
+  float* acc = nullptr;  // acc + r * acc_stride + h * head_dim
+  int64_t acc_stride = 0;
 };
 
 struct Kernels {

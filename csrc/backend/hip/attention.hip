@@ -3,8 +3,8 @@
 // depends on positions alone (short ones first, so that short contexts still spread over the machine), so neither a
 // row's splits nor their sums depend on the rows beside it. Prefill takes the same kernel, some rows at a time.
 //
-// In a split every wave runs on its own: of each 64 keys it takes 8, four lanes to a key, with a running maximum; the
-// waves are added in order at the end.
+// In a split every wave runs on its own, with a running maximum over the keys it takes; the waves are added in order at
+// the end. In short splits four lanes share a key (less time to the first result), in long ones a lane has a key.
 
 #include "backend/hip/kernels.h"
 #include "backend/hip/quantize.h"
@@ -15,12 +15,9 @@ namespace {
 
 constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
-constexpr int kChunkKeys = 64;                               // keys of a step of all waves
-constexpr int kWaveKeys = kChunkKeys / kAttentionWaves;
-constexpr int kKeyLanes = gpu::kWave / kWaveKeys;            // lanes that share a key
 
-// Splits of 64 keys up to 1024, of 256 up to 8192, of 1024 beyond.
-constexpr int kShortEnd = 1024, kMiddleEnd = 8192;
+// Splits of 64 keys up to 512, of 256 up to 8192, of 1024 beyond.
+constexpr int kShortEnd = 512, kMiddleEnd = 8192;
 constexpr int kShortSplits = kShortEnd / 64, kMiddleSplits = (kMiddleEnd - kShortEnd) / 256;
 
 __host__ __device__ inline int split_of(int key) {
@@ -118,14 +115,95 @@ __device__ inline void add_splits(const AttentionArgs& p, int64_t at, const KeyR
   for (int d = 0; d < Dims; ++d) out[gpu::lane() * Dims + d] = o[d] / sum;
 }
 
+// What a wave knows of its queries so far.
+template <int Dims, int Queries>
+struct WaveState {
+  KeyRange keys[Queries];
+  float largest[Queries];
+  float sum[Queries];      // of the lane's keys
+  float o[Queries][Dims];  // the lane's dimensions
+};
+
+// Takes in the wave's next gpu::kWave / KeyLanes keys, KeyLanes lanes to a key. [begin, end): keys of the whole block.
+template <DType T, int Dims, int Queries, int KeyLanes>
+__device__ inline void take_keys(const AttentionArgs& p, int kv_head, int key0, int begin, int end,
+                                 const float (&q)[Queries][Dims * 32], float (&e_lds)[Queries][gpu::kWave],
+                                 WaveState<Dims, Queries>& w) {
+  constexpr int kKeys = gpu::kWave / KeyLanes, kBatch = 8, kHeadDim = Dims * 32;
+  if (key0 + kKeys <= begin || key0 >= end) return;
+  const int part = gpu::lane() % KeyLanes;
+  const int key = key0 + gpu::lane() / KeyLanes;
+  const int safe_key = max(begin, min(key, end - 1));
+  float score[Queries];
+#pragma unroll
+  for (int i = 0; i < Queries; ++i) score[i] = 0.0f;
+#pragma unroll gpu::kAttentionUnroll
+  for (int dim = part * 8; dim < kHeadDim; dim += 8 * KeyLanes) {
+    float k[8];
+    load_elements<T, 8>(p.kv, p.kv.k, kv_head, safe_key, dim, k);
+#pragma unroll
+    for (int i = 0; i < Queries; ++i) {
+      const float4 a = *reinterpret_cast<const float4*>(&q[i][dim]);
+      const float4 b = *reinterpret_cast<const float4*>(&q[i][dim + 4]);
+      score[i] = fmaf(a.x, k[0], score[i]);
+      score[i] = fmaf(a.y, k[1], score[i]);
+      score[i] = fmaf(a.z, k[2], score[i]);
+      score[i] = fmaf(a.w, k[3], score[i]);
+      score[i] = fmaf(b.x, k[4], score[i]);
+      score[i] = fmaf(b.y, k[5], score[i]);
+      score[i] = fmaf(b.z, k[6], score[i]);
+      score[i] = fmaf(b.w, k[7], score[i]);
+    }
+  }
+  gpu::wave_sync();  // the weights of the step before have been read
+#pragma unroll
+  for (int i = 0; i < Queries; ++i) {
+    float s = score[i];
+    for (int m = 1; m < KeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
+    s = key >= w.keys[i].first && key < w.keys[i].end ? s * p.a.scale : -INFINITY;
+    float top = fmaxf(w.largest[i], s);
+    for (int m = KeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
+    const float e = s == -INFINITY ? 0.0f : expf(s - top);
+    const float keep = w.largest[i] == -INFINITY ? 0.0f : expf(w.largest[i] - top);
+    w.sum[i] = fmaf(w.sum[i], keep, part == 0 ? e : 0.0f);
+#pragma unroll
+    for (int d = 0; d < Dims; ++d) w.o[i][d] *= keep;
+    w.largest[i] = top;
+    if (part == 0) e_lds[i][gpu::lane() / KeyLanes] = e;
+  }
+  gpu::wave_sync();
+#pragma unroll 1
+  for (int j0 = 0; j0 < kKeys; j0 += kBatch) {
+    float v[kBatch][Dims];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      load_elements<T, Dims>(p.kv, p.kv.v, kv_head, max(begin, min(key0 + j0 + j, end - 1)), gpu::lane() * Dims, v[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < Queries; ++i) {
+#pragma unroll
+      for (int j = 0; j < kBatch; j += 4) {
+        const float4 e = *reinterpret_cast<const float4*>(&e_lds[i][j0 + j]);
+#pragma unroll
+        for (int d = 0; d < Dims; ++d) {
+          w.o[i][d] = fmaf(e.x, v[j][d], w.o[i][d]);
+          w.o[i][d] = fmaf(e.y, v[j + 1][d], w.o[i][d]);
+          w.o[i][d] = fmaf(e.z, v[j + 2][d], w.o[i][d]);
+          w.o[i][d] = fmaf(e.w, v[j + 3][d], w.o[i][d]);
+        }
+      }
+    }
+  }
+}
+
 // grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head.
 template <DType T, int Dims, int Queries>
-__global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(AttentionArgs p) {
+__global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention_split_kernel(AttentionArgs p) {
   constexpr int kHeadDim = Dims * 32;
   alignas(16) __shared__ float q_lds[Queries][kHeadDim];  // later: the results
   __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
   __shared__ float2 ml_lds[kAttentionWaves][Queries];  // largest score, sum
-  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kWaveKeys];  // weights of the wave's keys
+  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][gpu::kWave];  // weights of the wave's keys
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
@@ -146,91 +224,30 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     reinterpret_cast<float4*>(&q_lds[0][0])[i] = reinterpret_cast<const float4*>(
         p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
   }
-  KeyRange keys[Queries];
-  float largest[Queries], sum[Queries], o[Queries][Dims];
+  WaveState<Dims, Queries> w;
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
-    keys[i] = p.keys(min(first_query + i, last_query) / group);
-    largest[i] = -INFINITY;
-    sum[i] = 0.0f;
+    w.keys[i] = p.keys(min(first_query + i, last_query) / group);
+    w.largest[i] = -INFINITY;
+    w.sum[i] = 0.0f;
 #pragma unroll
-    for (int d = 0; d < Dims; ++d) o[i][d] = 0.0f;
+    for (int d = 0; d < Dims; ++d) w.o[i][d] = 0.0f;
   }
   __syncthreads();
-
-  const int part = gpu::lane() % kKeyLanes;
-  for (int chunk = split_begin(split); chunk < end; chunk += kChunkKeys) {
-    const int key0 = chunk + gpu::wave() * kWaveKeys;  // the wave's keys
-    if (key0 + kWaveKeys <= begin || key0 >= end) continue;
-    const int key = key0 + gpu::lane() / kKeyLanes;
-    const int safe_key = max(begin, min(key, end - 1));
-    float v[kWaveKeys][Dims];
-#pragma unroll
-    for (int j = 0; j < kWaveKeys; ++j) {
-      load_elements<T, Dims>(p.kv, p.kv.v, kv_head, max(begin, min(key0 + j, end - 1)), gpu::lane() * Dims, v[j]);
-    }
-    float score[Queries];
-#pragma unroll
-    for (int i = 0; i < Queries; ++i) score[i] = 0.0f;
-#pragma unroll gpu::kAttentionUnroll
-    for (int dim = part * 8; dim < kHeadDim; dim += 8 * kKeyLanes) {
-      float k[8];
-      load_elements<T, 8>(p.kv, p.kv.k, kv_head, safe_key, dim, k);
-#pragma unroll
-      for (int i = 0; i < Queries; ++i) {
-        const float4 a = *reinterpret_cast<const float4*>(&q_lds[i][dim]);
-        const float4 b = *reinterpret_cast<const float4*>(&q_lds[i][dim + 4]);
-        score[i] = fmaf(a.x, k[0], score[i]);
-        score[i] = fmaf(a.y, k[1], score[i]);
-        score[i] = fmaf(a.z, k[2], score[i]);
-        score[i] = fmaf(a.w, k[3], score[i]);
-        score[i] = fmaf(b.x, k[4], score[i]);
-        score[i] = fmaf(b.y, k[5], score[i]);
-        score[i] = fmaf(b.z, k[6], score[i]);
-        score[i] = fmaf(b.w, k[7], score[i]);
-      }
-    }
-    gpu::wave_sync();  // the weights of the step before have been read
-#pragma unroll
-    for (int i = 0; i < Queries; ++i) {
-      float s = score[i];
-      for (int m = 1; m < kKeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
-      s = key >= keys[i].first && key < keys[i].end ? s * p.a.scale : -INFINITY;
-      float top = fmaxf(largest[i], s);
-      for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
-      const float e = s == -INFINITY ? 0.0f : expf(s - top);
-      const float keep = largest[i] == -INFINITY ? 0.0f : expf(largest[i] - top);
-      sum[i] = fmaf(sum[i], keep, e);  // of the lane's keys
-#pragma unroll
-      for (int d = 0; d < Dims; ++d) o[i][d] *= keep;
-      largest[i] = top;
-      if (part == 0) e_lds[gpu::wave()][i][gpu::lane() / kKeyLanes] = e;
-    }
-    gpu::wave_sync();
-#pragma unroll
-    for (int i = 0; i < Queries; ++i) {
-#pragma unroll
-      for (int j = 0; j < kWaveKeys; j += 4) {
-        const float4 w = *reinterpret_cast<const float4*>(&e_lds[gpu::wave()][i][j]);
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) {
-          o[i][d] = fmaf(w.x, v[j][d], o[i][d]);
-          o[i][d] = fmaf(w.y, v[j + 1][d], o[i][d]);
-          o[i][d] = fmaf(w.z, v[j + 2][d], o[i][d]);
-          o[i][d] = fmaf(w.w, v[j + 3][d], o[i][d]);
-        }
-      }
+  const int start = split_begin(split), wave = gpu::wave();
+  if (split < kShortSplits) {
+    take_keys<T, Dims, Queries, 4>(p, kv_head, start + wave * 8, begin, end, q_lds, e_lds[wave], w);
+  } else {
+    for (int key0 = start + wave * gpu::kWave; key0 < end; key0 += kAttentionThreads) {
+      take_keys<T, Dims, Queries, 1>(p, kv_head, key0, begin, end, q_lds, e_lds[wave], w);
     }
   }
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
-    for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) sum[i] += gpu::shuffle_xor(sum[i], m);
-  }
+    const float sum = gpu::wave_sum(w.sum[i]);
+    if (gpu::lane() == 0) ml_lds[wave][i] = make_float2(w.largest[i], sum);
 #pragma unroll
-  for (int i = 0; i < Queries; ++i) {
-    if (gpu::lane() == 0) ml_lds[gpu::wave()][i] = make_float2(largest[i], sum[i]);
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) o_lds[gpu::wave()][i][gpu::lane() * Dims + d] = o[i][d];
+    for (int d = 0; d < Dims; ++d) o_lds[wave][i][gpu::lane() * Dims + d] = w.o[i][d];
   }
   __syncthreads();
 

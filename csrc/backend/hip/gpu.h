@@ -325,13 +325,15 @@ __device__ inline int dot4(int a, int b, int c) {
 #if defined(DFLASH_GPU_HIP)
 inline constexpr int kMmaFromRows = 6;
 inline constexpr int kMmaUnroll = 1;        // groups in a loop body
+inline constexpr int kTileBlocks = 1;       // __launch_bounds__' second number for the tile and attention kernels
 inline constexpr int kAttentionUnroll = 1;  // steps over head_dim in a loop body; unrolled, they need too many registers
 inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
 inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
 #else
 inline constexpr int kMmaFromRows = 3;
 inline constexpr int kMmaUnroll = 4;
-inline constexpr int kAttentionUnroll = 4;
+inline constexpr int kTileBlocks = 2;
+inline constexpr int kAttentionUnroll = 2;
 inline constexpr int kDotAhead[] = {4, 1};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
 #endif

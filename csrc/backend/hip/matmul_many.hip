@@ -85,7 +85,7 @@ struct Carrier {
     }
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int g = (t + i * kThreads) / kScalesPerGroup % kGroups;
+      const int g = min(t + i * kThreads, kScaleWords - 1) / kScalesPerGroup % kGroups;
       weight_scales[i] = 0;
       if (g0 + g < groups) {
         weight_scales[i] = *reinterpret_cast<const uint32_t*>(scale_at[i] + g0 * (kTile * F::kHalves));
@@ -123,7 +123,7 @@ struct WaveSums {
 };
 
 template <typename F>
-__device__ inline void multiply_group(const Stage<F>& s, int g, int tile, int token0, WaveSums& run) {
+__device__ inline void multiply_group(const Stage<F>& s, int g, int tile, int token0, int count, WaveSums& run) {
   gpu::MmaWeights w[2];
   float d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
 #pragma unroll
@@ -139,6 +139,7 @@ __device__ inline void multiply_group(const Stage<F>& s, int g, int tile, int to
 #pragma unroll
   for (int b = 0; b < kTokenBlocks; ++b) {
     const int first = token0 + b * gpu::kMmaTokens;
+    if (first >= count) break;
     const gpu::MmaActs a =
         gpu::mma_load_acts(&s.acts[g][0][(first + gpu::mma_act_token()) * 16], kActPlane);
     GroupScale x[gpu::kMmaToks];
@@ -161,9 +162,9 @@ __device__ inline void multiply_group(const Stage<F>& s, int g, int tile, int to
   }
 }
 
-// sum = the block's product; a wave holds weight tile wave % 4, tokens (wave / 4) * 32 ...
+// sum = the block's product for its first count tokens; a wave holds weight tile wave % 4, tokens (wave / 4) * 32 ...
 template <typename F, typename ViewOf, typename RowOf>
-__device__ inline void multiply_block(ViewOf view_of, int groups, const QuantRows& x, RowOf row_of,
+__device__ inline void multiply_block(ViewOf view_of, int groups, const QuantRows& x, RowOf row_of, int count,
                                       Stage<F> (&stages)[2], WaveSums& sum) {
   constexpr int kGroups = Stage<F>::kGroups;
   const int tile = gpu::wave() % kBlockTiles, token0 = gpu::wave() / kBlockTiles * kWaveTokens;
@@ -190,7 +191,7 @@ __device__ inline void multiply_block(ViewOf view_of, int groups, const QuantRow
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       if (g0 + g >= groups) break;
-      multiply_group<F>(stages[now], g, tile, token0, run);
+      multiply_group<F>(stages[now], g, tile, token0, count, run);
       if (--until_end == 0 || g0 + g == groups - 1) {
         until_end = per;
 #pragma unroll
@@ -228,7 +229,7 @@ __device__ inline void visit(const WaveSums& sum, Visit f) {
 
 // grid (tiles / 4, rows / 64)
 template <typename F>
-__global__ void __launch_bounds__(kThreads) matmul_many_kernel(TiledWeight w, QuantRows x, int rows, float* y,
+__global__ void __launch_bounds__(kThreads, gpu::kTileBlocks) matmul_many_kernel(TiledWeight w, QuantRows x, int rows, float* y,
                                                                bool add) {
   __shared__ Stage<F> stages[2];
   gpu::wait_for_previous();
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) matmul_many_kernel(TiledWeight w, Qu
   const int count = min(kBlockTokens, rows - first_row);
   WaveSums sum;
   multiply_block<F>([&](int i) { return TileView<F>(w, 0, min(first_tile + i, w.tiles - 1)); }, w.groups, x,
-                    [&](int t) { return static_cast<int64_t>(first_row + min(t, count - 1)); }, stages, sum);
+                    [&](int t) { return static_cast<int64_t>(first_row + min(t, count - 1)); }, count, stages, sum);
   const int64_t n0 = static_cast<int64_t>(first_tile + gpu::wave() % kBlockTiles) * kTile;
   visit(sum, [&](int token, int column, float v) {
     if (token >= count || n0 + column >= w.n_out) return;
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) matmul_many_kernel(TiledWeight w, Qu
 
 // grid (n_ff / 64, max_items): two gate tiles and the two up tiles beside them.
 template <typename F>
-__global__ void __launch_bounds__(kThreads) gate_up_many_kernel(TiledWeight gate, TiledWeight up, QuantRows x,
+__global__ void __launch_bounds__(kThreads, gpu::kTileBlocks) gate_up_many_kernel(TiledWeight gate, TiledWeight up, QuantRows x,
                                                                 Routing r, MutableQuantRows act) {
   using Results = float[2][2][kBlockTokens][kTile];  // gate | up, tile, token, output
   __shared__ union Shared {
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads) gate_up_many_kernel(TiledWeight gate
   WaveSums sum;
   multiply_block<F>(view_of, gate.groups, x,
                     [&](int t) { return static_cast<int64_t>(pairs[min(t, item.count - 1)] / r.top_k); },
-                    shared.stages, sum);
+                    item.count, shared.stages, sum);
   __syncthreads();
   const int mine = gpu::wave() % kBlockTiles;
   visit(sum, [&](int token, int column, float v) { shared.results[mine / 2][mine % 2][token][column] = v; });
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kThreads) gate_up_many_kernel(TiledWeight gate
 
 // grid (tiles / 4, max_items): y[pair]
 template <typename F>
-__global__ void __launch_bounds__(kThreads) down_many_kernel(TiledWeight down, QuantRows act, Routing r, float* y) {
+__global__ void __launch_bounds__(kThreads, gpu::kTileBlocks) down_many_kernel(TiledWeight down, QuantRows act, Routing r, float* y) {
   __shared__ Stage<F> stages[2];
   gpu::wait_for_previous();
   const Item item = r.items[blockIdx.y];
@@ -294,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) down_many_kernel(TiledWeight down, Q
   WaveSums sum;
   multiply_block<F>([&](int i) { return TileView<F>(down, item.expert, min(first_tile + i, down.tiles - 1)); },
                     down.groups, act,
-                    [&](int t) { return static_cast<int64_t>(pairs[min(t, item.count - 1)]); }, stages, sum);
+                    [&](int t) { return static_cast<int64_t>(pairs[min(t, item.count - 1)]); }, item.count, stages, sum);
   const int64_t n0 = static_cast<int64_t>(first_tile + gpu::wave() % kBlockTiles) * kTile;
   visit(sum, [&](int token, int column, float v) {
     if (token < item.count && n0 + column < down.n_out) y[pairs[token] * down.n_out + n0 + column] = v;

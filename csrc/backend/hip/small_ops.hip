@@ -164,12 +164,14 @@ __global__ void __launch_bounds__(kSmallThreads) random_bits_kernel(uint64_t* ou
   for (int64_t i = thread_index(); i < n; i += static_cast<int64_t>(gridDim.x) * kSmallThreads) out[i] = mix(seed + i);
 }
 
-// d in scale * [0.5, 1.5); Q4_1: m = -7.5 d, so that weights are centred.
+// d in scale * [0.5, 1.5), either sign: quants are not centred (-8..7), and a common mean would drown all differences
+// within a few layers. Q4_1: m = -7.5 d.
 __global__ void __launch_bounds__(kSmallThreads) random_scales_kernel(uint16_t* out, int64_t n, int halves, float scale,
                                                                       uint64_t seed) {
   gpu::wait_for_previous();
   for (int64_t i = thread_index(); i < n; i += static_cast<int64_t>(gridDim.x) * kSmallThreads) {
-    const float d = scale * (0.5f + uniform(mix(seed + i / halves)));
+    const uint64_t bits = mix(seed + i / halves);
+    const float d = scale * ((bits & 1) != 0 ? -1.0f : 1.0f) * (0.5f + uniform(bits));
     out[i] = gpu::float_to_half(i % halves == 0 ? d : -7.5f * d);
   }
 }
