@@ -22,8 +22,8 @@ class PinnedRing {
   PinnedRing& operator=(const PinnedRing&) = delete;
 
   size_t slot_bytes() const { return slot_bytes_; }
-  void* acquire();                // waits until the next slot is free
-  void release(gpu::Stream s);    // after queueing the copy out of the acquired slot
+  void* acquire();              // waits until the next slot is free
+  void release(gpu::Stream s);  // after queueing the copy out of the acquired slot
 
  private:
   struct Slot {

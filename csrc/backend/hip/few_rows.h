@@ -103,8 +103,8 @@ __device__ inline void mma_segment(const TileView<F>& tile, int g0, int g1, cons
     }
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      const gpu::MmaActs a = gpu::mma_load_acts(
-          reinterpret_cast<const uint8_t*>(x.q) + static_cast<int64_t>(operand_at[b] + g) * 32, 16);
+      const gpu::MmaActs a =
+          gpu::mma_load_acts(reinterpret_cast<const uint8_t*>(x.q) + static_cast<int64_t>(operand_at[b] + g) * 32, 16);
       GroupScale s[gpu::kMmaToks];
 #pragma unroll
       for (int j = 0; j < gpu::kMmaToks; ++j) s[j] = x.scale[scale_at[b][j] + g];
@@ -159,16 +159,28 @@ __device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int grou
     dot(std::integral_constant<int, 1>{});
   } else {
     switch (count) {
-      case 1: dot(std::integral_constant<int, 1>{}); return;
-      case 2: dot(std::integral_constant<int, 2>{}); return;
-      default: break;
+      case 1:
+        dot(std::integral_constant<int, 1>{});
+        return;
+      case 2:
+        dot(std::integral_constant<int, 2>{});
+        return;
+      default:
+        break;
     }
     if constexpr (gpu::kMmaFromRows > 3) {
       switch (count) {
-        case 3: dot(std::integral_constant<int, 3>{}); return;
-        case 4: dot(std::integral_constant<int, 4>{}); return;
-        case 5: dot(std::integral_constant<int, MaxRows < 5 ? MaxRows : 5>{}); return;
-        default: break;
+        case 3:
+          dot(std::integral_constant<int, 3>{});
+          return;
+        case 4:
+          dot(std::integral_constant<int, 4>{});
+          return;
+        case 5:
+          dot(std::integral_constant < int, MaxRows<5 ? MaxRows : 5>{});
+          return;
+        default:
+          break;
       }
     }
     if constexpr (MaxRows >= gpu::kMmaFromRows) {
@@ -178,7 +190,7 @@ __device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int grou
           mma_segment<F, 1>(tiles[m], g0, g1, x, row_of, count, partial[m][segment]);
         } else {
           mma_segment<F, (kFewRows + gpu::kMmaTokens - 1) / gpu::kMmaTokens>(tiles[m], g0, g1, x, row_of, count,
-                                                                              partial[m][segment]);
+                                                                             partial[m][segment]);
         }
       }
     }

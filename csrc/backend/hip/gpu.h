@@ -146,7 +146,8 @@ void launch(Stream stream, dim3 grid, unsigned threads, void (*kernel)(P...), A&
   GPU_CHECK(GetLastError());
 }
 
-// ---- device: lanes ---------------------------------------------------------------------------------------------------
+// ---- device: lanes
+// ---------------------------------------------------------------------------------------------------
 
 inline constexpr int kWave = 32;
 
@@ -268,7 +269,8 @@ __device__ inline int load_fresh(const int* p) {
 #endif
 }
 
-// ---- device: bytes and numbers -----------------------------------------------------------------------------------------
+// ---- device: bytes and numbers
+// -----------------------------------------------------------------------------------------
 
 // Reads data that this kernel uses once, past the small caches.
 __device__ inline uint4 load_once(const uint8_t* p) {
@@ -313,9 +315,10 @@ __device__ inline int dot4(int a, int b, int c) {
 #endif
 }
 
-// ---- device: matrix instructions -------------------------------------------------------------------------------------
-// One step multiplies 16 weight rows by kMmaTokens token rows over a group of 32: exact int32 sums. A lane holds
-// kMmaRows x kMmaToks of the results, c[i * kMmaToks + j]: weight row mma_row(i), token mma_token(j).
+// ---- device: matrix instructions
+// ------------------------------------------------------------------------------------- One step multiplies 16 weight
+// rows by kMmaTokens token rows over a group of 32: exact int32 sums. A lane holds kMmaRows x kMmaToks of the results,
+// c[i * kMmaToks + j]: weight row mma_row(i), token mma_token(j).
 //
 // Operands are read as chunks: 16 bytes of a row, rows 16 bytes apart for weights. Q4 nibbles are one chunk (low
 // nibbles: elements 0..15, high: 16..31), bytes two chunks (elements 0..15, 16..31).
@@ -324,9 +327,10 @@ __device__ inline int dot4(int a, int b, int c) {
 // the same bits either way.
 #if defined(DFLASH_GPU_HIP)
 inline constexpr int kMmaFromRows = 6;
-inline constexpr int kMmaUnroll = 1;        // groups in a loop body
-inline constexpr int kTileBlocks = 1;       // __launch_bounds__' second number for the tile and attention kernels
-inline constexpr int kAttentionUnroll = 1;  // steps over head_dim in a loop body; unrolled, they need too many registers
+inline constexpr int kMmaUnroll = 1;   // groups in a loop body
+inline constexpr int kTileBlocks = 1;  // __launch_bounds__' second number for the tile and attention kernels
+inline constexpr int kAttentionUnroll =
+    1;  // steps over head_dim in a loop body; unrolled, they need too many registers
 inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
 inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
 #else
@@ -444,10 +448,9 @@ __device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) {
 }
 
 __device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs& x) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(w.a0), "r"(w.a1), "r"(w.a2), "r"(w.a3), "r"(x.b0), "r"(x.b1));
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(w.a0), "r"(w.a1), "r"(w.a2), "r"(w.a3), "r"(x.b0), "r"(x.b1));
 }
 
 #endif

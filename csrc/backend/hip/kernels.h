@@ -13,8 +13,9 @@ struct Position {
   __device__ int get() const { return device != nullptr ? *device : value; }
 };
 
-// ---- norm_rope.hip ----------------------------------------------------------------------------------------------------
-// h = rms_norm(x, norm), or x when norm is null. Writes h (when y is not null) and its int8 groups (when q.q is not).
+// ---- norm_rope.hip
+// ---------------------------------------------------------------------------------------------------- h = rms_norm(x,
+// norm), or x when norm is null. Writes h (when y is not null) and its int8 groups (when q.q is not).
 struct MutableQuantRows {
   int8_t* q = nullptr;
   GroupScale* scale = nullptr;
@@ -24,8 +25,9 @@ void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, floa
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
                      const KvLayer& kv);
 
-// ---- matmul.hip -------------------------------------------------------------------------------------------------------
-// outs[i].y (+)= outs[i].w * x for up to kMaxOuts weights of one type and n_in.
+// ---- matmul.hip
+// ------------------------------------------------------------------------------------------------------- outs[i].y
+// (+)= outs[i].w * x for up to kMaxOuts weights of one type and n_in.
 inline constexpr int kMaxOuts = 4;
 struct TiledOut {
   TiledWeight w;
@@ -36,29 +38,29 @@ void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, 
 // y (+)= w * x for F32, F16 and BF16 weights in their GGUF rows, f32 activations.
 void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, float* y, bool add);
 
-// ---- moe.hip, experts_few.hip, experts_many.hip -----------------------------------------------------------------------
-// Which expert computes what. A pair is (row, slot), numbered row * top_k + slot; an item is a run of at most
-// `chunk` pairs of one expert.
+// ---- moe.hip, experts_few.hip, experts_many.hip
+// ----------------------------------------------------------------------- Which expert computes what. A pair is (row,
+// slot), numbered row * top_k + slot; an item is a run of at most `chunk` pairs of one expert.
 struct alignas(16) Item {
   int expert, first, count, unused;
 };
 struct Routing {
   int rows = 0, top_k = 0, chunk = 0, max_items = 0;
-  int* n_items = nullptr;      // [1]
-  Item* items = nullptr;       // [max_items], by expert; past n_items: count 0
-  int* pairs = nullptr;        // [rows * top_k] pair numbers, sorted by expert
-  float* weights = nullptr;    // [rows * top_k] by pair number
-  int* experts = nullptr;      // [rows * top_k] by pair number
-  int* arrived = nullptr;      // counters, zero between launches
-  int* distinct = nullptr;     // [1] sum of distinct experts, for take_expert_count
+  int* n_items = nullptr;    // [1]
+  Item* items = nullptr;     // [max_items], by expert; past n_items: count 0
+  int* pairs = nullptr;      // [rows * top_k] pair numbers, sorted by expert
+  float* weights = nullptr;  // [rows * top_k] by pair number
+  int* experts = nullptr;    // [rows * top_k] by pair number
+  int* arrived = nullptr;    // counters, zero between launches
+  int* distinct = nullptr;   // [1] sum of distinct experts, for take_expert_count
 };
 inline int max_items(int rows, int top_k, int n_expert, int chunk) {
   const int pairs = rows * top_k;
   return rows <= chunk ? (pairs < n_expert ? pairs : n_expert) : pairs / chunk + n_expert;
 }
 
-// h = rms_norm(x), its int8 groups (where hq is not null), logits [rows, n_expert] = router * h, then the choice and the
-// grouping. h [rows, n_embd] is written where it is given; it must be when route_needs_hidden().
+// h = rms_norm(x), its int8 groups (where hq is not null), logits [rows, n_expert] = router * h, then the choice and
+// the grouping. h [rows, n_embd] is written where it is given; it must be when route_needs_hidden().
 bool route_needs_hidden(const Moe& m, int rows);
 void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r);
 // The one expert of a dense feed-forward: every row, weight 1.
@@ -83,7 +85,8 @@ void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, con
 void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const Routing& r, float* y);
 inline constexpr int kManyTokens = 64;  // tokens of a tile there
 
-// ---- attention.hip ----------------------------------------------------------------------------------------------------
+// ---- attention.hip
+// ----------------------------------------------------------------------------------------------------
 inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
 // n_keys bounds pos0 + rows (in a recorded step: the whole cache). arrived [kAttentionCounters], zero between launches.
@@ -91,7 +94,8 @@ size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
 void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0, int n_keys, const float* q,
                       const KvLayer& kv, float* scratch, int* arrived, float* out, MutableQuantRows quant);
 
-// ---- small_ops.hip ----------------------------------------------------------------------------------------------------
+// ---- small_ops.hip
+// ----------------------------------------------------------------------------------------------------
 void launch_embed(gpu::Stream s, const Weight& table, const int32_t* tokens, int rows, float* x);
 void launch_copy_rows(gpu::Stream s, const float* src, int rows, int64_t n, float* dst, int64_t stride);
 size_t top1_scratch_bytes(int rows);

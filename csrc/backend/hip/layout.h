@@ -38,8 +38,8 @@ struct QuantRows {
 struct TiledWeight {
   const uint8_t* quants = nullptr;
   const uint16_t* scales = nullptr;
-  int groups = 0;   // n_in / 32
-  int tiles = 0;    // of one expert
+  int groups = 0;  // n_in / 32
+  int tiles = 0;   // of one expert
   int64_t n_out = 0;
 };
 
@@ -156,10 +156,17 @@ struct FormatQ8_0 {
 template <typename F>
 bool with_format(DType type, F&& f) {
   switch (type) {
-    case DType::Q4_0: f(FormatQ4_0{}); return true;
-    case DType::Q4_1: f(FormatQ4_1{}); return true;
-    case DType::Q8_0: f(FormatQ8_0{}); return true;
-    default: return false;
+    case DType::Q4_0:
+      f(FormatQ4_0{});
+      return true;
+    case DType::Q4_1:
+      f(FormatQ4_1{});
+      return true;
+    case DType::Q8_0:
+      f(FormatQ8_0{});
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -175,7 +182,9 @@ struct TileView {
     scales = w.scales + first * (kTile * F::kHalves);
   }
   __device__ const uint8_t* group_quants(int g) const { return quants + static_cast<int64_t>(g) * F::kQuantBytes; }
-  __device__ const uint16_t* group_scales(int g) const { return scales + static_cast<int64_t>(g) * (kTile * F::kHalves); }
+  __device__ const uint16_t* group_scales(int g) const {
+    return scales + static_cast<int64_t>(g) * (kTile * F::kHalves);
+  }
 };
 
 }  // namespace dflash::hip
