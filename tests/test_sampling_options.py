@@ -42,11 +42,11 @@ def hook(tokens: np.ndarray, row: np.ndarray) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 3.5},
     "top_k": {"top_k": 2},
-    "top_p": {"top_p": 0.6},
+    "top_p": {"top_p": 0.85},
     "min_p": {"min_p": 0.4},
     "repetition_penalty": {"repetition_penalty": 3.0},
     "presence_penalty": {"presence_penalty": 2.5},
-    "frequency_penalty": {"frequency_penalty": 2.5},
+    "frequency_penalty": {"frequency_penalty": 2.0, "penalty_last_n": -1},  # the prompt has some of them already
     "all penalties": {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.8, "top_k": 3},
     "logit_bias": {"logit_bias": {326: -2.5, 298: 1.5}},
     "logits_hook": {"logits_hook": hook},
@@ -147,25 +147,32 @@ def test_the_distribution_is_the_targets_and_no_wrong_one(name: str, text: Text)
         assert z(joint(text, params, lambda drawn: ())) > Z_LIMIT, "only the prompt seen"
 
 
+def test_frequencies_are_counted(text: Text) -> None:
+    params = make_params(OPTIONS["frequency_penalty"])
+    counts, _ = draw(text, params)
+    once = make_params({"presence_penalty": 2.0, "penalty_last_n": -1})
+    assert chi_square_z(counts, joint(text, once), N_DRAWS) > Z_LIMIT
+
+
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_each_penalty_is_told_from_the_others(name: str, text: Text) -> None:
     strong: dict[str, Any] = {"repetition_penalty": 3.0, "presence_penalty": 2.0, "frequency_penalty": 2.0}
     params = make_params(strong)
     counts, _ = draw(text, params)
     assert chi_square_z(counts, joint(text, params), N_DRAWS) < Z_LIMIT
-    without = make_params({k: v for k, v in strong.items() if k != name})
-    assert chi_square_z(counts, joint(text, without), N_DRAWS) > Z_LIMIT
+    lacking = make_params({k: v for k, v in strong.items() if k != name})
+    assert chi_square_z(counts, joint(text, lacking), N_DRAWS) > Z_LIMIT
 
 
 # Acceptance rules: what is committed behind a draft, as a distribution. p: the target's; draft: a point-mass proposal.
 
 
-def accepting(p: dict[int, float], draft: int, chance: float, again: dict[int, float]) -> dict[int, float]:
+def accepting(draft: int, chance: float, again: dict[int, float]) -> dict[int, float]:
     """The draft by chance, otherwise a draw from `again`."""
     mass = sum(again.values())
     out = {t: (1.0 - chance) * q / mass for t, q in again.items()} if mass > 0 else {}
     out[draft] = out.get(draft, 0.0) + (chance if mass > 0 else 1.0)
-    return out
+    return {t: q for t, q in out.items() if q > 0.0}
 
 
 def without(p: dict[int, float], draft: int) -> dict[int, float]:
@@ -175,11 +182,11 @@ def without(p: dict[int, float], draft: int) -> dict[int, float]:
 Rule = Callable[[dict[int, float], int], dict[int, float]]
 
 RULES: dict[str, Rule] = {
-    "right": lambda p, d: accepting(p, d, p.get(d, 0.0), without(p, d)),
-    "half more often": lambda p, d: accepting(p, d, min(1.0, 1.5 * p.get(d, 0.0)), without(p, d)),
-    "a third less often": lambda p, d: accepting(p, d, 0.67 * p.get(d, 0.0), without(p, d)),
-    "a second draw from all": lambda p, d: accepting(p, d, p.get(d, 0.0), p),
-    "whenever it is possible": lambda p, d: accepting(p, d, float(d in p), p),
+    "right": lambda p, d: accepting(d, p.get(d, 0.0), without(p, d)),
+    "half more often": lambda p, d: accepting(d, min(1.0, 1.5 * p.get(d, 0.0)), without(p, d)),
+    "a third less often": lambda p, d: accepting(d, 0.67 * p.get(d, 0.0), without(p, d)),
+    "a second draw from all": lambda p, d: accepting(d, p.get(d, 0.0), p),
+    "whenever it is possible": lambda p, d: accepting(d, float(d in p), p),
 }
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dflash_cpp import _core
+from dflash_cpp import _core, selftest
 from dflash_cpp.cli import main
 from dflash_cpp.evaluate import Evaluation
-from dflash_cpp.selftest import Variant, judge, variants_of
+from dflash_cpp.selftest import Variant, doubtful, judge, variants_of
 
 
 def evaluation(run: int, loss: float, sequences: int = 6, blocks: int = 4) -> Evaluation:
@@ -41,6 +41,35 @@ def test_taps_off_by_one_are_found(
     wrong = rewrite_taps(nano_drafter_path, tmp_path / "wrong.gguf", -1)
     assert main(["selftest", "--target", str(nano_path), "--drafter", str(wrong)]) == 1
     assert "one layer later" in capsys.readouterr().out
+
+
+def test_a_large_target_is_loaded_once(
+    nano_path: Path,
+    nano_drafter_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selftest, "QUICK_BYTES", 1000)
+    args = ["selftest", "--target", str(nano_path), "--json", str(tmp_path / "r.json"), "--limit", "3"]
+    assert main([*args, "--drafter", str(nano_drafter_path)]) == 0
+    assert "--variants" in capsys.readouterr().out, "the verdict says what was left out"
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert not report["complete"]
+    assert [v["problem"] for v in report["variants"]] == ["", *["not tried"] * 3]
+    # Off by one, this drafter still finds the first token mostly: only being asked, or an expectation, uncovers it.
+    wrong = rewrite_taps(nano_drafter_path, tmp_path / "wrong.gguf", -1)
+    assert main([*args, "--drafter", str(wrong), "--expect", "3.9"]) == 1
+    assert "one layer later" in capsys.readouterr().out
+    assert main([*args, "--drafter", str(wrong), "--variants"]) == 1
+    assert json.loads((tmp_path / "r.json").read_text())["complete"]
+
+
+def test_doubt() -> None:
+    assert doubtful(evaluation(0, 8.0), None)
+    assert not doubtful(evaluation(2, 3.0), None)
+    assert not doubtful(evaluation(2, 3.0), 2.2)
+    assert doubtful(evaluation(2, 3.0), 4.0)
 
 
 def rewrite_taps(path: Path, out: Path, shift: int) -> Path:

@@ -165,12 +165,19 @@ constexpr size_t kStale = 3;           // drafted rounds remembered through a wa
 constexpr double kReplayFade = 0.955;  // weight of a drafted round against the next newer one
 constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
-constexpr double kMargin = 1.045;      // drafting must promise this much: the best of noisy estimates promises too much
+constexpr double kMargin = 1.02;       // drafting must promise this much: the best of noisy estimates promises too much
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
 constexpr double kLongestWait = 128;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
 constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
+constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
+constexpr int kYardstickRounds = 2;        // so a yardstick is this many plain rounds, of which the last counts
+constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
+constexpr double kTrustMemory = 0.99;      // about 100 rounds
+constexpr double kTrustWeight = 40.0;      // tokens' worth of belief that rates come true
+constexpr double kLuck = 0.06;             // a shortfall that chance explains
+constexpr double kLeastTrust = 0.7;
 
 }  // namespace
 
@@ -250,6 +257,9 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (has_drafter && !replay_.empty()) draft = best_draft(max_depth, replay_.size());
   Choice lookup;
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
+  // The best of several noisy estimates promises too much; what came of the promises so far is known.
+  promised_ = draft.rate;
+  draft.rate *= trust_;
   rate_ = std::max({plain, draft.rate, lookup.rate});
 
   const bool copy = lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate;
@@ -266,7 +276,11 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     ++active_rounds_;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
-    if (since_plain_ > std::max(rounds, static_cast<double>(kShortWait))) return {};
+    if (yardstick_left_ > 0) return {};
+    if (since_plain_ > std::max(rounds, static_cast<double>(kShortWait))) {
+      yardstick_left_ = kYardstickRounds;
+      return {};
+    }
     const int further = drafted_rounds_ % kExplore == 0 ? 1 : 0;  // a slot more than pays: verify_depth() may try it
     return {DraftSource::dflash, std::min(draft.n + further, max_depth)};
   }
@@ -304,8 +318,15 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
 }
 
 void DepthPolicy::observe(const RoundOutcome& o) {
-  verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
-  since_plain_ = o.verified == 0 ? 0 : since_plain_ + 1;
+  const bool plain = o.verified == 0 && o.drafted == 0;
+  ++unmeasured_;
+  if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || verify_.count(0) < kWarmUp) {
+    verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
+    if (plain) unmeasured_ = 0;
+  }
+  plain_streak_ = plain ? plain_streak_ + 1 : 0;
+  if (plain && yardstick_left_ > 0) --yardstick_left_;
+  since_plain_ = plain ? 0 : since_plain_ + 1;
   if (o.source == DraftSource::lookup) {
     double& a = lookup_acceptance_[static_cast<size_t>(lookup_bucket(o.lookup_match))];
     for (int i = 0; i < o.verified && i <= o.accepted; ++i) {
@@ -335,6 +356,14 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     // The target's own token tells about one slot more than was paid for.
     calibration_.observe(o.verified, o.confidence[static_cast<size_t>(o.verified)], o.next_stood == 1);
   }
+  if (!parked_ && promised_ > 0.0) {
+    came_ = kTrustMemory * came_ + 1.0 + o.accepted;
+    expected_ = kTrustMemory * expected_ + promised_ * (o.draft_seconds + o.verify_seconds);
+  } else {
+    came_ *= kTrustMemory;  // old disappointments fade with every probe
+    expected_ *= kTrustMemory;
+  }
+  trust_ = std::clamp((came_ + kTrustWeight) / (expected_ + kTrustWeight) + kLuck, kLeastTrust, 1.0);
   replay_.push_front(o.confidence);
   if (replay_.size() > kReplay) replay_.pop_back();
   if (parked_) {

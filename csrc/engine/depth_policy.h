@@ -125,8 +125,14 @@ class DepthPolicy {
   Calibration calibration_;
   std::deque<std::vector<float>> replay_;  // confidences of the last drafted rounds, newest first
   std::array<double, kLookupBuckets> lookup_acceptance_;
-  double bias_ = 1.0;  // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
-  double rate_ = 0.0;  // tokens a second of the best choice, the price of time in verify_depth()
+  double bias_ = 1.0;                   // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
+  double trust_ = 1.0;                  // what drafting brought over what it promised
+  double promised_ = 0.0;               // tokens a second of this round's plan, before trust
+  double came_ = 0.0, expected_ = 0.0;  // tokens, fading: brought and promised
+  int plain_streak_ = 0;                // plain rounds in a row
+  int unmeasured_ = 0;                  // rounds since a plain one was measured
+  int yardstick_left_ = 0;              // plain rounds still owed to the yardstick
+  double rate_ = 0.0;                   // tokens a second of the best choice, the price of time in verify_depth()
   int drafted_rounds_ = 0;
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes

@@ -275,6 +275,7 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   // Taking in the last round's few taps belongs to the draft's cost; a backlog of plain rounds does not: plain
   // decoding takes it in too, only later.
   const bool backlog = pending_ > model_->block_size();
+  const double ingested = stats_.ingest_seconds;
   Stopwatch watch;
   ingest_pending();
   if (backlog) watch = Stopwatch();
@@ -299,6 +300,7 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   for (int i = 0; i < keep; ++i) out.tokens.push_back(top[static_cast<size_t>(i)].id);
   if (keep < n) out.beyond = top[static_cast<size_t>(keep)].id;
   out.seconds = watch.seconds();
+  stats_.draft_seconds += out.seconds - (backlog ? 0.0 : stats_.ingest_seconds - ingested);  // each stage once
   stats_.draft_by_count[static_cast<size_t>(n)].calls += 1;
   stats_.draft_by_count[static_cast<size_t>(n)].seconds += out.seconds;
   return out;
@@ -384,7 +386,6 @@ void Session::account(const Drafts& drafts, const Accepted& accepted, double ver
   stats_.drafted += n;
   stats_.accepted += accepted.count;
   stats_.proposed += drafts.proposed;
-  stats_.draft_seconds += drafts.seconds;
   stats_.depth_histogram[static_cast<size_t>(n)] += 1;
   stats_.verify_by_width[static_cast<size_t>(n) + 1].calls += 1;
   stats_.verify_by_width[static_cast<size_t>(n) + 1].seconds += verify_seconds;

@@ -18,7 +18,7 @@ from . import _core
 from .chat import ChatTemplate, Message, parse_reply
 from .errors import CapacityError, DFlashError
 from .options import EngineOptions, GenerateOptions, check_path, make_options, option_names
-from .stats import Stats, total_seconds
+from .stats import Stats, plain_cost, total_seconds
 from .stops import StopMatcher
 from .tokenizer import Tokenizer, check_token_ids
 
@@ -82,18 +82,36 @@ class _Request:
 
 @dataclass
 class _Answer:
-    """What has come of a request so far."""
+    """What has come of a request so far.
+
+    stats: as of the last `read_stats`; empty until the prompt was begun.
+    plain_round_seconds: of the whole session; None when it was not asked for, or never measured.
+    """
 
     tokens: list[int] = field(default_factory=list)
     stats: Mapping[str, Any] = field(default_factory=dict)
     prompt_seconds: float = 0.0
+    plain_round_seconds: float | None = None
     stop: str | None = None
     finish: FinishReason | None = None
     cancelled: bool = False
 
+    def read_stats(self, session: _core.Session) -> None:
+        """Takes the session's figures, which are this answer's until another one begins."""
+        self.stats = session.stats()
+        if plain_cost(self.stats) is None:
+            self.plain_round_seconds = plain_cost(session.session_stats())
+
+
+@dataclass
+class _Spent:
+    """What a session's generations took beside what it counts itself: seconds until their prompts were in."""
+
+    prompt_seconds: float = 0.0
+
 
 def _run(
-    session: _core.Session, tokenizer: Tokenizer, request: _Request, answer: _Answer
+    session: _core.Session, tokenizer: Tokenizer, request: _Request, answer: _Answer, spent: _Spent
 ) -> Generator[Piece, None, None]:
     """THE loop: prefill, then rounds; every way of generating goes through it."""
     options = request.options
@@ -107,12 +125,15 @@ def _run(
         lookup=options.lookup,
     )
     done, total = -1, 0
-    while done < total and not answer.cancelled:
-        done, total = session.prefill()
-        if request.on_prefill is not None:
-            request.on_prefill(done, total)
-    answer.stats = session.stats()
-    answer.prompt_seconds = total_seconds(answer.stats)
+    try:
+        while done < total and not answer.cancelled:
+            done, total = session.prefill()
+            if request.on_prefill is not None:
+                request.on_prefill(done, total)
+    finally:
+        answer.stats = session.stats()
+        answer.prompt_seconds = total_seconds(answer.stats)
+        spent.prompt_seconds += answer.prompt_seconds
     while answer.finish is None and not answer.cancelled:
         step = session.step()
         kept: list[int] = []
@@ -123,12 +144,13 @@ def _run(
             if matcher.matched is not None:
                 break  # tokens behind the stop string would not exist at depth 0
         answer.tokens += kept
-        answer.stats = session.stats()
         if matcher.matched is not None:
             answer.stop, answer.finish = matcher.matched, "stop"
         elif step.stop is not None:
             answer.finish = _FINISH[step.stop]
             text += matcher.push(decoder.flush()) + matcher.flush()
+        if answer.finish is not None:  # not every round: a few microseconds of dictionaries a token
+            answer.read_stats(session)
         yield Piece(text, tuple(kept))
 
 
@@ -148,7 +170,7 @@ class Stream(Iterator[Piece]):
         self._running = False
         self._thread = 0
         # The loop knows the answer but not this object, so that a dropped stream is freed at once.
-        self._pieces = _run(engine.session, engine.tokenizer, request, self._answer)
+        self._pieces = _run(engine.session, engine.tokenizer, request, self._answer, engine._spent)
 
     def __iter__(self) -> Self:
         return self
@@ -160,16 +182,19 @@ class Stream(Iterator[Piece]):
             )
         if self._answer.finish is not None:
             raise StopIteration
-        self._thread = threading.get_ident()
-        self._engine._take(self)
-        self._running = True
+        with self._engine._turn:  # nobody reads the session between being taken and running
+            self._engine._take(self)
+            self._thread = threading.get_ident()
+            self._running = True
         try:
             piece = next(self._pieces)
         except BaseException:
             self._end()
             raise
         finally:
-            self._running = False
+            with self._engine._turn:
+                self._running = False
+                self._engine._turn.notify_all()
         self._text.append(piece.text)
         if self._answer.finish is not None:
             self._engine._give(self)
@@ -177,7 +202,11 @@ class Stream(Iterator[Piece]):
 
     @property
     def result(self) -> Generation:
-        """The answer; while pieces are still to come, what there is so far, with finish_reason "cancelled"."""
+        """The answer; while pieces are still to come, what there is so far, with finish_reason "cancelled".
+
+        Read from another thread during a round, its statistics are those of the last reading.
+        """
+        self._read_stats()
         answer, request = self._answer, self._request
         message = None
         if request.chat_prompt is not None:
@@ -191,6 +220,7 @@ class Stream(Iterator[Piece]):
                 seed=request.seed,
                 generated_tokens=len(answer.tokens),
                 prompt_seconds=answer.prompt_seconds,
+                plain_round_seconds=answer.plain_round_seconds,
             ),
             stop=answer.stop,
             message=message,
@@ -216,8 +246,17 @@ class Stream(Iterator[Piece]):
         self._superseded = True
         self.close()
 
+    def _read_stats(self) -> None:
+        """Brings the statistics up to date, where the session is this stream's and no other thread is running it."""
+        engine = self._engine
+        with engine._turn:
+            mine = engine._active_user() is self and self._answer.finish is None and bool(self._answer.stats)
+            if mine and engine._idle_for(threading.get_ident()) and engine._session is not None:
+                self._answer.read_stats(engine._session)
+
     def _end(self) -> None:
         if self._answer.finish is None:
+            self._read_stats()
             self._answer.finish = "cancelled"
         self._engine._give(self)
 
@@ -250,6 +289,7 @@ class Engine:
         del gguf
         self._turn = threading.Condition()
         self._active: weakref.ref[Any] | None = None
+        self._spent = _Spent()
         self._session: _core.Session | None = None
         self.model = _core.Model(
             target_path,
@@ -377,6 +417,18 @@ class Engine:
         """The compiled timeline, for experiments; do not use it while a stream is running."""
         return self._open_session()
 
+    @property
+    def session_stats(self) -> Stats:
+        """Statistics over all generations of this engine, one that is under way included.
+
+        An unfinished stream goes on; while another thread runs a round, this waits for its end.
+        """
+        with self._turn:
+            while not self._idle_for(threading.get_ident()):
+                self._turn.wait()
+            raw = self._open_session().session_stats()
+            return Stats.from_core(raw, prompt_seconds=self._spent.prompt_seconds)
+
     def close(self) -> None:
         """Frees model and cache, after the running call. Idempotent; every later call raises DFlashError."""
         with self._turn:
@@ -496,6 +548,11 @@ class Engine:
 
     def _active_user(self) -> Stream | _Call | None:
         return None if self._active is None else self._active()
+
+    def _idle_for(self, thread: int) -> bool:
+        """Whether no thread but this one is inside the session; ask with the lock held."""
+        user = self._active_user()
+        return user is None or user._thread == thread or (isinstance(user, Stream) and not user._running)
 
     @contextmanager
     def _exclusive(self) -> Iterator[_core.Session]:

@@ -1,14 +1,17 @@
 """Does this drafter fit this target? Evaluates it as its file says, and with each metadata value that is easily wrong.
 
 Tapped layers are numbered in three ways that differ by one, and the mask token is a number in a config: both pass every
-shape check, and both cost most of the acceptance when wrong. So the neighbours are tried, on the same blocks.
+shape check, and both cost much of the acceptance when wrong. So the neighbours are tried, on the same blocks.
+
+Each neighbour loads the target again. For a large one that takes far longer than the test, so there the neighbours are
+tried only on request, or when the file's own values look wrong; the report says when they were not.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +35,9 @@ SURE: Final = 2.0  # ... and its loss be lower by this many standard errors, pai
 USELESS_K1: Final = 0.15  # slot 1 right less often: no trained drafter, or another target's
 OFF_POLICY: Final = 0.5  # the target agrees with fewer tokens of the data: not its own text
 FAR_BELOW: Final = 0.8  # of the expected acceptance
+QUICK_BYTES: Final = 8 * 2**30  # weights of a target that loads in seconds, some times over
+DOUBTFUL_K1: Final = 0.5  # slot 1 right less often: worth loading a large target again
+NOT_TRIED: Final = "not tried"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Report:
         """Whether nothing was found."""
         return not self.findings
 
+    @property
+    def complete(self) -> bool:
+        """Whether the neighbours were tried too; taps off by one may accept enough to look right alone."""
+        return all(v.problem != NOT_TRIED for v in self.variants)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         rows = [
@@ -64,7 +75,7 @@ class Report:
             | (v.result.to_dict() if v.result is not None else {})
             for v in self.variants
         ]
-        return {"fits": self.fits, "findings": list(self.findings), "variants": rows}
+        return {"fits": self.fits, "complete": self.complete, "findings": list(self.findings), "variants": rows}
 
     def table(self) -> Table:
         """A rich table for people."""
@@ -149,6 +160,11 @@ def judge(variants: Sequence[Variant], *, data_agreement: float | None, expected
     return tuple(findings)
 
 
+def doubtful(own: Evaluation, expected: float | None) -> bool:
+    """Whether the file's own values accept so little that the neighbours are worth their loading."""
+    return own.cumulative[0] < DOUBTFUL_K1 or (expected is not None and own.m_accept < FAR_BELOW * expected)
+
+
 def _sure(base: Evaluation, other: Evaluation) -> bool:
     """Whether other is better beyond chance: its loss is lower, paired by sequence (losses vary less than runs)."""
     gain = (base.losses - other.losses).mean(axis=1)
@@ -169,12 +185,14 @@ def selftest(
     expected: float | None = None,
     backend: str = "auto",
     n_threads: int = 0,
+    try_variants: bool | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Runs the test.
 
     samples: held-out sequences; None: the target continues prompts (token ids) by max_tokens tokens.
     expected: m_accept to compare with. on_progress: called with (variants done, all).
+    try_variants: whether to try the neighbours; None: for a target of up to QUICK_BYTES, or a doubtful result.
     """
 
     def load(v: Variant) -> _core.Model:
@@ -184,32 +202,40 @@ def selftest(
         )  # fmt: skip
 
     model = load(Variant(""))
-    config = model.drafter_config
+    config, shape = model.drafter_config, model.target_config
     assert config is not None
     block = int(config["block_size"])
-    planned = variants_of(config, int(model.target_config["n_vocab"]))
-    done: list[Variant] = []
+    own, *others = variants_of(config, int(shape["n_vocab"]))
+    longest = max((len(s.tokens) for s in samples), default=0) if samples is not None else 0
+    n_ctx = max(longest, max((len(p) for p in prompts), default=0) + max_tokens) + block
+    session = _core.Session(model, n_ctx=n_ctx)
     data_agreement: float | None = None
-    for v in planned:
-        if done:
-            try:
-                model = load(v)
-            except DFlashError as e:
-                done.append(Variant(v.name, v.tap_shift, v.mask_token_id, problem=str(e)))
-                continue
-        longest = max((len(s.tokens) for s in samples), default=0) if samples is not None else 0
-        n_ctx = max(longest, max((len(p) for p in prompts), default=0) + max_tokens) + block
-        session = _core.Session(model, n_ctx=n_ctx)
-        if samples is None:
-            samples = [s for s in own_text(session, prompts, max_tokens) if len(s.tokens) > block + len(prompts[0])]
-            if not samples:
-                raise DFlashError("selftest: the target ends every answer at once; give sequences with --data")
-        elif not done:
-            data_agreement = agreement(session, samples)
-        result = evaluate(session, block, samples, anchors=anchors)
-        del session
-        done.append(Variant(v.name, v.tap_shift, v.mask_token_id, result))
+    if samples is None:
+        samples = [s for s in own_text(session, prompts, max_tokens) if len(s.tokens) > block + len(prompts[0])]
+        if not samples:
+            raise DFlashError("selftest: the target ends every answer at once; give sequences with --data")
+    else:
+        data_agreement = agreement(session, samples)
+    result = evaluate(session, block, samples, anchors=anchors)
+    del session, model  # two copies of a large target do not fit
+    if try_variants is None:
+        try_variants = int(shape["weight_bytes"]) <= QUICK_BYTES or doubtful(result, expected)
+    done = [replace(own, result=result)]
+    planned = 1 + len(others) if try_variants else 1
+    if on_progress is not None:
+        on_progress(1, planned)
+    for v in others:
+        if not try_variants:
+            done.append(replace(v, problem=NOT_TRIED))
+            continue
+        try:
+            session = _core.Session(load(v), n_ctx=n_ctx)
+        except DFlashError as e:
+            done.append(replace(v, problem=str(e)))
+        else:
+            done.append(replace(v, result=evaluate(session, block, samples, anchors=anchors)))
+            del session
         if on_progress is not None:
-            on_progress(len(done), len(planned))
+            on_progress(len(done), planned)
     findings = judge(done, data_agreement=data_agreement, expected=expected)
     return Report(tuple(done), findings)
