@@ -454,6 +454,20 @@ void bind_session(py::module_& m) {
       .def("step", &Session::step, Release())
       .def("rewind", &Session::rewind, py::arg("pos"))
       .def("stats", [](const Session& s) { return stats_dict(s.stats()); })
+      .def("policy_state",
+           [](const Session& s) {
+             const DepthPolicy& p = s.policy();
+             py::list verify, draft;
+             for (int w = 1; w <= p.max_depth() + 1; ++w) verify.append(p.verify_cost(w));
+             for (int n = 1; n <= p.max_depth(); ++n) draft.append(p.draft_cost(n));
+             py::dict d;
+             d["verify_seconds"] = verify;
+             d["draft_seconds"] = draft;
+             d["best_rate"] = p.best_rate();
+             d["trust"] = p.trust();
+             d["parked"] = p.parked();
+             return d;
+           })
       .def("session_stats", [](const Session& s) { return stats_dict(s.session_stats()); })
       .def(
           "logits",

@@ -23,12 +23,16 @@ constexpr double kHope = 0.15;                // benefit of the doubt of an inde
 
 }  // namespace
 
-CostTable::CostTable(std::vector<double> prior)
-    : prior_(std::move(prior)), recent_(prior_.size()), own_(prior_.size(), 0.0), trust_(prior_.size(), 0.0) {}
+CostTable::CostTable(std::vector<double> prior, bool has_yardstick)
+    : has_yardstick_(has_yardstick),
+      prior_(std::move(prior)),
+      recent_(prior_.size()),
+      own_(prior_.size(), 0.0),
+      trust_(prior_.size(), 0.0) {}
 
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
-  if (count(index) > 0) follow(seconds / at(index));
+  if (count(index) > 0) follow(index, seconds / at(index));
   if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
   std::deque<double>& recent = recent_[index];
   recent.push_back(seconds);
@@ -39,15 +43,18 @@ void CostTable::observe(size_t index, double seconds) {
   fit();
 }
 
-// A longer context or a busier machine moves every index at once: then those not measured move along.
-void CostTable::follow(double surprise) {
+// A longer context or a busier machine moves every index at once: then those not measured move along. Not the
+// yardstick, by which everything is judged: a stretch of noise must not inflate it, so it is asked to be measured
+// again.
+void CostTable::follow(size_t index, double surprise) {
   surprises_.push_back(surprise);
   if (surprises_.size() < kShift) return;
   if (surprises_.size() > kShift) surprises_.pop_front();
   const auto [least, most] = std::minmax_element(surprises_.begin(), surprises_.end());
   if (*least < kShifted && *most > 1.0 / kShifted) return;
   const double factor = *least >= kShifted ? *least : *most;  // the most careful of them
-  for (size_t i = 0; i < recent_.size(); ++i) {
+  yardstick_due_ = has_yardstick_ && index != 0;
+  for (size_t i = yardstick_due_ ? 1 : 0; i < recent_.size(); ++i) {
     for (double& seconds : recent_[i]) seconds *= factor;
     own_[i] *= factor;
   }
@@ -171,6 +178,7 @@ constexpr int kShortWait = 8;          // rounds to the first probe after parkin
 constexpr double kLongestWait = 128;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
 constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
+constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 2;        // so a yardstick is this many plain rounds, of which the last counts
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
@@ -183,8 +191,8 @@ constexpr double kLeastTrust = 0.7;
 
 DepthPolicy::DepthPolicy(int max_depth, const CostPrior& prior)
     : max_depth_(max_depth),
-      verify_(prior.verify),
-      draft_(draft_prior(max_depth, prior.draft)),
+      verify_(prior.verify, true),
+      draft_(draft_prior(max_depth, prior.draft), false),
       calibration_(max_depth) {
   lookup_acceptance_ = {0.35, 0.5, 0.65, 0.75, 0.85};
 }
@@ -276,8 +284,9 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     ++active_rounds_;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
+    if (verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
     if (yardstick_left_ > 0) return {};
-    if (since_plain_ > std::max(rounds, static_cast<double>(kShortWait))) {
+    if (since_plain_ > std::clamp(rounds, static_cast<double>(kShortWait), kLongestYardstick)) {
       yardstick_left_ = kYardstickRounds;
       return {};
     }

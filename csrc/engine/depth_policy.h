@@ -45,19 +45,28 @@ struct CostPrior {
 // through all, over the prior's shape, and the neighbours speak for indices hardly measured.
 class CostTable {
  public:
-  explicit CostTable(std::vector<double> prior);
+  // has_yardstick: index 0 is measured on demand and never moved by the others.
+  CostTable(std::vector<double> prior, bool has_yardstick);
   void observe(size_t index, double seconds);
   double at(size_t index) const { return any() ? cost_[index] : prior_[index]; }
   // The same, but an index hardly measured is given the benefit of the doubt, so that it is tried where it may pay.
   double hopeful(size_t index) const;
   size_t count(size_t index) const { return recent_[index].size(); }
   bool any() const { return !cost_.empty(); }
+  // Whether the others moved together, so that the yardstick should be measured again; asking clears it.
+  bool take_yardstick_due() {
+    const bool due = yardstick_due_;
+    yardstick_due_ = false;
+    return due;
+  }
 
  private:
-  void follow(double surprise);
+  void follow(size_t index, double surprise);
   void summarize(size_t index);
   double trust(size_t index) const;  // measurements, those of long ago counted less
   void fit();
+  const bool has_yardstick_;
+  bool yardstick_due_ = false;
   std::vector<double> prior_;
   std::vector<std::deque<double>> recent_;
   std::vector<double> own_;  // from recent_ alone
@@ -103,6 +112,7 @@ class DepthPolicy {
   double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
   double best_rate() const { return rate_; }                                                  // tokens a second
+  double trust() const { return trust_; }  // what drafting brought over what it promised, at most 1
   bool parked() const { return parked_; }
 
  private:

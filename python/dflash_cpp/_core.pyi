@@ -191,6 +191,9 @@ class Session:
         verify_by_width[w] {calls, seconds} of target passes of w rows, draft_by_count[n] {calls, seconds},
         experts_by_width[w] and expert_calls_by_width[w] (distinct experts read, summed over layers and passes),
         proposed (slots the drafter computed), lookup_drafted, lookup_accepted."""
+    def policy_state(self) -> dict[str, Any]:
+        """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
+        trust (what drafting brought over what it promised, at most 1), parked."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
