@@ -464,7 +464,6 @@ void bind_session(py::module_& m) {
              d["verify_seconds"] = verify;
              d["draft_seconds"] = draft;
              d["best_rate"] = p.best_rate();
-             d["trust"] = p.trust();
              d["parked"] = p.parked();
              return d;
            })

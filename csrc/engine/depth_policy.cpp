@@ -33,6 +33,10 @@ CostTable::CostTable(std::vector<double> prior, bool has_yardstick)
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
   if (count(index) > 0) follow(index, seconds / at(index));
+  if (index == 0 && yardstick_afresh_) {
+    recent_[0].clear();
+    yardstick_afresh_ = false;
+  }
   if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
   std::deque<double>& recent = recent_[index];
   recent.push_back(seconds);
@@ -53,8 +57,8 @@ void CostTable::follow(size_t index, double surprise) {
   const auto [least, most] = std::minmax_element(surprises_.begin(), surprises_.end());
   if (*least < kShifted && *most > 1.0 / kShifted) return;
   const double factor = *least >= kShifted ? *least : *most;  // the most careful of them
-  yardstick_due_ = has_yardstick_ && index != 0;
-  for (size_t i = yardstick_due_ ? 1 : 0; i < recent_.size(); ++i) {
+  if (has_yardstick_ && index != 0) yardstick_due_ = yardstick_afresh_ = true;
+  for (size_t i = 0; i < recent_.size(); ++i) {
     for (double& seconds : recent_[i]) seconds *= factor;
     own_[i] *= factor;
   }
@@ -172,7 +176,7 @@ constexpr size_t kStale = 3;           // drafted rounds remembered through a wa
 constexpr double kReplayFade = 0.955;  // weight of a drafted round against the next newer one
 constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
-constexpr double kMargin = 1.02;       // drafting must promise this much: the best of noisy estimates promises too much
+constexpr double kMargin = 1.03;       // drafting must promise this much: the best of noisy estimates promises too much
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
 constexpr double kLongestWait = 128;   // and between probes that show nothing
@@ -180,12 +184,8 @@ constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds whi
 constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
 constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
-constexpr int kYardstickRounds = 2;        // so a yardstick is this many plain rounds, of which the last counts
+constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
-constexpr double kTrustMemory = 0.99;      // about 100 rounds
-constexpr double kTrustWeight = 40.0;      // tokens' worth of belief that rates come true
-constexpr double kLuck = 0.06;             // a shortfall that chance explains
-constexpr double kLeastTrust = 0.7;
 
 }  // namespace
 
@@ -265,9 +265,6 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (has_drafter && !replay_.empty()) draft = best_draft(max_depth, replay_.size());
   Choice lookup;
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
-  // The best of several noisy estimates promises too much; what came of the promises so far is known.
-  promised_ = draft.rate;
-  draft.rate *= trust_;
   rate_ = std::max({plain, draft.rate, lookup.rate});
 
   const bool copy = lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate;
@@ -365,14 +362,6 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     // The target's own token tells about one slot more than was paid for.
     calibration_.observe(o.verified, o.confidence[static_cast<size_t>(o.verified)], o.next_stood == 1);
   }
-  if (!parked_ && promised_ > 0.0) {
-    came_ = kTrustMemory * came_ + 1.0 + o.accepted;
-    expected_ = kTrustMemory * expected_ + promised_ * (o.draft_seconds + o.verify_seconds);
-  } else {
-    came_ *= kTrustMemory;  // old disappointments fade with every probe
-    expected_ *= kTrustMemory;
-  }
-  trust_ = std::clamp((came_ + kTrustWeight) / (expected_ + kTrustWeight) + kLuck, kLeastTrust, 1.0);
   replay_.push_front(o.confidence);
   if (replay_.size() > kReplay) replay_.pop_back();
   if (parked_) {

@@ -66,7 +66,8 @@ class CostTable {
   double trust(size_t index) const;  // measurements, those of long ago counted less
   void fit();
   const bool has_yardstick_;
-  bool yardstick_due_ = false;
+  bool yardstick_due_ = false;     // should be measured again
+  bool yardstick_afresh_ = false;  // the next measurement of it replaces those before
   std::vector<double> prior_;
   std::vector<std::deque<double>> recent_;
   std::vector<double> own_;  // from recent_ alone
@@ -112,7 +113,6 @@ class DepthPolicy {
   double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
   double best_rate() const { return rate_; }                                                  // tokens a second
-  double trust() const { return trust_; }  // what drafting brought over what it promised, at most 1
   bool parked() const { return parked_; }
 
  private:
@@ -135,14 +135,11 @@ class DepthPolicy {
   Calibration calibration_;
   std::deque<std::vector<float>> replay_;  // confidences of the last drafted rounds, newest first
   std::array<double, kLookupBuckets> lookup_acceptance_;
-  double bias_ = 1.0;                   // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
-  double trust_ = 1.0;                  // what drafting brought over what it promised
-  double promised_ = 0.0;               // tokens a second of this round's plan, before trust
-  double came_ = 0.0, expected_ = 0.0;  // tokens, fading: brought and promised
-  int plain_streak_ = 0;                // plain rounds in a row
-  int unmeasured_ = 0;                  // rounds since a plain one was measured
-  int yardstick_left_ = 0;              // plain rounds still owed to the yardstick
-  double rate_ = 0.0;                   // tokens a second of the best choice, the price of time in verify_depth()
+  double bias_ = 1.0;       // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
+  int plain_streak_ = 0;    // plain rounds in a row
+  int unmeasured_ = 0;      // rounds since a plain one was measured
+  int yardstick_left_ = 0;  // plain rounds still owed to the yardstick
+  double rate_ = 0.0;       // tokens a second of the best choice, the price of time in verify_depth()
   int drafted_rounds_ = 0;
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes

@@ -193,7 +193,7 @@ class Session:
         proposed (slots the drafter computed), lookup_drafted, lookup_accepted."""
     def policy_state(self) -> dict[str, Any]:
         """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
-        trust (what drafting brought over what it promised, at most 1), parked."""
+        parked."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
