@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -9,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import dflash_cpp
-from dflash_cpp import Engine, cli
+from dflash_cpp import Engine, cli, doctor
 from dflash_cpp.demo import embedded_model_dir
 
 COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo"]
@@ -169,3 +172,11 @@ def test_demo() -> None:
     assert "both outputs are identical" in done.stderr
     assert "tokens per verify step" in done.stdout
     assert "speed-up" in done.stdout
+
+
+def test_tables_show_brackets_as_they_are() -> None:
+    """Rich takes [hip] for markup unless told otherwise."""
+    report = dataclasses.replace(doctor.examine(), devices=[], devices_note="pip install 'dflash-cpp[hip]'")
+    out = io.StringIO()
+    Console(file=out, width=100).print(doctor.render(report))
+    assert "dflash-cpp[hip]" in out.getvalue()

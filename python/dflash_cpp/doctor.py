@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from . import _core
@@ -176,7 +177,7 @@ def _state_table(title: str, states: Mapping[str, str]) -> Table:
     table.add_column()
     table.add_column()
     for name, why in states.items():
-        table.add_row(name, "[green]yes[/green]" if not why else f"[yellow]no[/yellow]: {why}")
+        table.add_row(name, "[green]yes[/green]" if not why else f"[yellow]no[/yellow]: {escape(why)}")
     return table
 
 
@@ -200,9 +201,9 @@ def render(report: Report) -> RenderableType:
     devices.add_column()
     for d in report.devices:
         memory = f"{human_bytes(d['memory_free'])} free of {human_bytes(d['memory_total'])}"
-        devices.add_row(d["name"], f"{d['architecture']}, {d['compute_units']} compute units, {memory}")
+        devices.add_row(escape(d["name"]), f"{d['architecture']}, {d['compute_units']} compute units, {memory}")
     if report.devices_note:
-        devices.add_row("note", report.devices_note)
+        devices.add_row("note", escape(report.devices_note))
     return Group(
         machine,
         _state_table("backends", report.backends),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from . import _core
@@ -166,19 +167,19 @@ def render(summary: Summary, *, show_tensors: bool = False) -> RenderableType:
     head = Table(title=summary.path, show_header=False)
     head.add_column()
     head.add_column(justify="right")
-    head.add_row("architecture", f"{summary.architecture} ({summary.role})")
+    head.add_row("architecture", escape(f"{summary.architecture} ({summary.role})"))
     if summary.name:
-        head.add_row("name", summary.name)
+        head.add_row("name", escape(summary.name))
     head.add_row("file", human_bytes(summary.file_bytes))
     head.add_row("parameters", f"{summary.parameters:,}")
     for key, value in summary.shape.items():
-        head.add_row(key, str(value))
+        head.add_row(key, escape(str(value)))
     if summary.taps:
         head.add_row("taps (layer inputs)", ", ".join(str(t) for t in summary.taps))
     if summary.mask_token_id is not None:
         head.add_row("mask token", str(summary.mask_token_id))
     for key, value in summary.vocabulary.items():
-        head.add_row(f"vocabulary: {key}", str(value))
+        head.add_row(f"vocabulary: {key}", escape(str(value)))
     for key, n in summary.memory.items():
         head.add_row(f"memory: {key}", human_bytes(n))
     types = Table(title="types")
@@ -193,6 +194,6 @@ def render(summary: Summary, *, show_tensors: bool = False) -> RenderableType:
         for column in ("name", "type", "shape", "size"):
             tensors.add_column(column, justify="left" if column in ("name", "type") else "right")
         for t in summary.tensors:
-            tensors.add_row(t.name, t.type, " x ".join(str(d) for d in t.shape), human_bytes(t.nbytes))
+            tensors.add_row(escape(t.name), t.type, " x ".join(str(d) for d in t.shape), human_bytes(t.nbytes))
         parts.append(tensors)
     return Group(*parts)
