@@ -7,7 +7,6 @@ with the converter.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import gguf
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))  # the checkout's `convert`, whether or not the package is installed
 
 SHARED = REPO.parent / "shared" / "models"
 EMBEDDED = REPO / "python" / "dflash_cpp" / "models"
