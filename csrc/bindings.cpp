@@ -430,7 +430,8 @@ void bind_session(py::module_& m) {
       .def(
           "begin",
           [](Session& s, const py::object& tokens, const PySampling& sampling, int max_tokens, int depth,
-             const std::vector<int32_t>& eos_ids, bool lookup, const std::vector<double>& simulate_accept) {
+             const std::vector<int32_t>& eos_ids, bool lookup, const std::vector<double>& simulate_accept,
+             double simulate_spread) {
             GenerateParams params;
             params.sampling = sampling;
             params.max_tokens = max_tokens;
@@ -438,10 +439,12 @@ void bind_session(py::module_& m) {
             params.eos_ids = eos_ids;
             params.lookup = lookup;
             params.simulate_accept = simulate_accept;
+            params.simulate_spread = simulate_spread;
             return s.begin(to_tokens(tokens), params);
           },
           py::arg("tokens"), py::arg("sampling"), py::kw_only(), py::arg("max_tokens"), py::arg("depth") = -1,
-          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true, py::arg("simulate_accept") = py::tuple())
+          py::arg("eos_ids") = py::tuple(), py::arg("lookup") = true, py::arg("simulate_accept") = py::tuple(),
+          py::arg("simulate_spread") = 0.0)
       .def("prefill",
            [](Session& s) {
              int done = 0;
@@ -531,8 +534,7 @@ void bind_policy(py::module_& m) {
       .def(
           "observe",
           [](DepthPolicy& p, const std::string& source, int verified, int accepted,
-             const std::vector<float>& confidence, double draft_seconds, double verify_seconds, int next_stood,
-             int lookup_match) {
+             const std::vector<float>& confidence, double draft_seconds, double verify_seconds, int lookup_match) {
             if (verified < 0 || verified > p.max_depth()) fail("verified: 0 to ", p.max_depth(), " expected");
             if (accepted < 0 || accepted > verified) fail("accepted: 0 to verified expected, found ", accepted);
             RoundOutcome o;
@@ -548,12 +550,18 @@ void bind_policy(py::module_& m) {
             o.confidence = confidence;
             o.draft_seconds = draft_seconds;
             o.verify_seconds = verify_seconds;
-            o.next_stood = next_stood;
             o.lookup_match = lookup_match;
             p.observe(o);
           },
           py::arg("source"), py::kw_only(), py::arg("verified"), py::arg("accepted"), py::arg("confidence"),
-          py::arg("draft_seconds"), py::arg("verify_seconds"), py::arg("next_stood") = -1, py::arg("lookup_match") = 0)
+          py::arg("draft_seconds"), py::arg("verify_seconds"), py::arg("lookup_match") = 0)
+      .def(
+          "observe_unverified",
+          [](DepthPolicy& p, int slot, float confidence, bool stood) {
+            if (slot < 0 || slot >= p.max_depth()) fail("slot: 0 to ", p.max_depth() - 1, " expected, found ", slot);
+            p.observe_unverified(slot, confidence, stood);
+          },
+          py::arg("slot"), py::arg("confidence"), py::arg("stood"))
       .def("verify_cost", &DepthPolicy::verify_cost, py::arg("width"))
       .def("draft_cost", &DepthPolicy::draft_cost, py::arg("n"))
       .def_property_readonly("parked", &DepthPolicy::parked)

@@ -164,8 +164,8 @@ def simulate(
     told beforehand (default: the byte model of a mixture of experts, whatever the truth)."""
     noise, lookup = noise or Noise(), lookup or Lookup()
     rng = np.random.default_rng(seed)
-    told, told_draft = prior or (list(moe(0.75)), 0.2)
-    policy = policy or _core.DepthPolicy(told, told_draft)
+    prior_verify, prior_draft = prior or (list(moe(0.75)), 0.2)
+    policy = policy or _core.DepthPolicy(prior_verify, prior_draft)
     draft_cost = draft * (1.0 + 0.03 * np.arange(BLOCK)) * (np.arange(BLOCK) > 0)
     parts = [text.rounds(rng, n) for text, n in texts]
     true, seen = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -175,6 +175,7 @@ def simulate(
     fixed_seconds = np.broadcast_to(verify + draft_cost, (total, BLOCK))
     stands = (rng.random((total, SLOTS)) < true).cumprod(axis=1).sum(axis=1)
     run = Run(np.zeros(total), np.zeros(total), expected, fixed_seconds, [], [], [])
+    followed: list[tuple[int, float, bool]] = []
     for i in range(total):
         has_match = rng.random() < lookup.share
         source, n = policy.plan(SLOTS, True, lookup.match if has_match else 0, SLOTS if has_match else 0)
@@ -196,8 +197,10 @@ def simulate(
                 source, verified=depth, accepted=accepted, confidence=confidence,
                 draft_seconds=noise.of(rng, unit * draft_cost[n], i),
                 verify_seconds=noise.of(rng, unit * verify[depth], i),
-                next_stood=int(stands[i] > depth) if accepted == depth < n else -1,
             )  # fmt: skip
+            # Slots not verified are told as the text goes on, the first of them at once.
+            told = range(depth, min(n, int(stands[i]) + 1)) if accepted == depth else range(0)
+            followed = [(k, confidence[k], k < int(stands[i])) for k in told]
         else:
             depth = 0
             run.tokens[i], run.seconds[i] = 1.0, verify[0]
@@ -205,6 +208,9 @@ def simulate(
                 source, verified=0, accepted=0, confidence=[], draft_seconds=0.0,
                 verify_seconds=noise.of(rng, unit * verify[0], i),
             )  # fmt: skip
+        for _ in range(round(run.tokens[i]) if source == "lookup" else 1):
+            if followed:
+                policy.observe_unverified(*followed.pop(0))
         run.depth.append(depth)
         run.drafted.append(n if source == "dflash" else 0)
     return run

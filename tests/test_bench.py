@@ -55,6 +55,31 @@ def test_imposed_acceptance_is_found_again(tiny: _core.Model) -> None:
     assert found["decode"][1]["tokens_per_step"] == pytest.approx(2.2, abs=0.2)
 
 
+def test_imposed_acceptance_is_told_truly_to_the_policy(tiny: _core.Model) -> None:
+    # Drafts that are not verified are compared with the text too; a drafter that is always wrong must stay parked.
+    session = _core.Session(tiny, n_ctx=600)
+    session.begin([1, 2, 3], _core.SamplingParams(), max_tokens=400, lookup=False, simulate_accept=[0.0])
+    session.prefill()
+    while session.step().stop is None:
+        pass
+    assert session.stats()["proposed"] < 60
+    assert session.policy_state()["parked"]
+
+
+def test_imposed_confidences_can_tell(tiny: _core.Model) -> None:
+    found = {}
+    for spread in (0.0, 1.0):
+        session = _core.Session(tiny, n_ctx=1100)
+        session.begin(
+            [1, 2, 3], _core.SamplingParams(), max_tokens=1000, depth=1, simulate_accept=[0.5], simulate_spread=spread
+        )
+        session.prefill()
+        while session.step().stop is None:
+            pass
+        found[spread] = session.stats()["accepted"] / session.stats()["drafted"]
+    assert found == pytest.approx({0.0: 0.5, 1.0: 0.5}, abs=0.07), "the average is the imposed one either way"
+
+
 def test_costs_are_relative_to_plain(result: dict[str, Any]) -> None:
     widths = {r["width"]: r for r in result["verify_cost"]}
     assert {1, 2, 4} <= widths.keys()

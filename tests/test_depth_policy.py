@@ -98,6 +98,21 @@ def test_outliers_are_not_believed() -> None:
     assert np.median([settled(r)[1] for r in runs]) < 0.08
 
 
+def test_an_outlier_at_the_first_look_does_not_park_for_good() -> None:
+    noise = Noise(load=lambda i: 6.0 if i == 3 else 1.0)
+    for seed in range(6):
+        run = simulate([(Text(ACCEPTANCE["weak"]), 600)], VERIFY["flat"], 0.2, seed=seed, noise=noise)
+        assert run.drafted[3] > 0, "the load has to fall on the first drafted round"
+        assert settled(run)[1] < REGRET
+
+
+def test_a_drafter_that_cannot_pay_is_looked_at_without_a_wider_pass() -> None:
+    run = simulate([(Text(ACCEPTANCE["poor"]), 1200)], VERIFY["rows"], 0.4, seed=1)
+    late = np.array(run.drafted[400:]) > 0
+    assert 3 <= late.sum() <= 15
+    assert (np.array(run.depth[400:])[late] > 0).mean() < 0.5
+
+
 @pytest.mark.parametrize("shift", [-1.5, 1.5], ids=["modest", "boastful"])
 def test_confidences_are_calibrated(shift: float) -> None:
     cells = []

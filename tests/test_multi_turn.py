@@ -54,6 +54,21 @@ def test_the_same_prompt_again_costs_one_token(engine: Engine, prompts: list[Ids
     assert again.stats.cached_tokens == len(prompts[1]) - 1
 
 
+def test_drafting_after_plain_turns_is_as_good_as_ever(engine: Engine, prompts: list[Ids]) -> None:
+    # Depth 0 takes no taps: what the drafter did not see has to be run again, not drafted around.
+    turn = {"max_tokens": 40, "ignore_eos": True}
+    text = list(prompts[2])
+    text = [*text, *engine.generate(text, depth=3, **turn).tokens]
+    expected = engine.generate(text, depth=3, **turn)
+    engine.reset()
+    engine.generate(text[:20], depth=3, **turn)
+    plain = engine.generate(text, depth=0, **turn)
+    drafted = engine.generate(text, depth=3, **turn)
+    assert plain.tokens == drafted.tokens == expected.tokens
+    assert drafted.stats.accepted_per_slot == expected.stats.accepted_per_slot
+    assert 0 < drafted.stats.cached_tokens < plain.stats.prompt_tokens - 1
+
+
 def test_an_abandoned_stream_leaves_a_right_cache(engine: Engine, prompts: list[Ids]) -> None:
     expected = engine.generate(prompts[3], max_tokens=40, ignore_eos=True).tokens
     engine.reset()

@@ -175,11 +175,12 @@ std::vector<double> draft_prior(int max_depth, double draft) {
 constexpr size_t kStale = 3;           // drafted rounds remembered through a wait
 constexpr double kReplayFade = 0.955;  // weight of a drafted round against the next newer one
 constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
+constexpr int kLook = 8;               // every so many probes measure a pass of two rows
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
 constexpr double kMargin = 1.03;       // drafting must promise this much: the best of noisy estimates promises too much
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking
-constexpr double kLongestWait = 128;   // and between probes that show nothing
+constexpr double kLongestWait = 160;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
 constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
 constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
@@ -201,11 +202,12 @@ int DepthPolicy::lookup_bucket(int match) {
   return match < 4 ? 0 : match < 6 ? 1 : match < 10 ? 2 : match < 20 ? 3 : 4;
 }
 
-// A probe costs a drafter run and a second row, less what that row brings: spread so thin that it stays a small part
-// of the time.
+// A probe costs a drafter run, less what a second row brings where it is worth its time: spread so thin that it stays a
+// small part of the whole.
 int DepthPolicy::longest_wait() const {
   const double plain = verify_cost(1);
-  const double loss = (draft_cost(kFirstDepth) + verify_cost(2)) / plain - 1.0 - calibration_.average(0);
+  const double gain = std::max(0.0, calibration_.average(0) - (verify_cost(2) / plain - 1.0));
+  const double loss = draft_cost(std::min(kFirstDepth, max_depth_)) / plain - gain;
   return static_cast<int>(std::clamp(loss / kProbeShare, static_cast<double>(kShortWait), kLongestWait));
 }
 
@@ -303,7 +305,8 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1));
-  int depth = parked_ ? 1 : 0;  // a probe looks at an outcome at least
+  // A probe verifies where that pays, and now and then to know what it costs: an early outlier must not park for good.
+  int depth = parked_ && (verify_.count(1) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
   double reach = 1.0, expected = 1.0, best = 1.0 - price * verify_cost(1);
   for (int n = 1; n <= static_cast<int>(confidence.size()) && n <= max_depth_; ++n) {
     reach *= calibration_.acceptance(n - 1, confidence[static_cast<size_t>(n) - 1]);
@@ -358,17 +361,13 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     if (i == o.accepted && o.cut) break;
     calibration_.observe(i, o.confidence[static_cast<size_t>(i)], i < o.accepted);
   }
-  if (o.accepted == o.verified && o.verified < o.drafted && o.next_stood >= 0) {
-    // The target's own token tells about one slot more than was paid for.
-    calibration_.observe(o.verified, o.confidence[static_cast<size_t>(o.verified)], o.next_stood == 1);
-  }
   replay_.push_front(o.confidence);
   if (replay_.size() > kReplay) replay_.pop_back();
+  probe_stood_ = -1;
   if (parked_) {
-    // A probe that earned its time, or looks as if drafting would, is followed by another one at once.
-    const double earned = o.accepted * verify_cost(1);
-    const double paid = draft_cost(o.drafted) + verify_cost(o.verified + 1) - verify_cost(1);
-    if (earned > paid || best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1)) {
+    probe_stood_ = o.accepted == o.verified ? o.accepted : -1;
+    // A probe that looks as if drafting would pay, or did, is followed by another one at once.
+    if (best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1) || pays(o.accepted)) {
       wait_ = 1;
     } else {
       interval_ = std::min(std::max(2 * interval_, kShortWait), longest_wait());
@@ -376,6 +375,19 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     }
     if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
   }
+}
+
+// Whether a round with that many accepted drafts would have been worth its time.
+bool DepthPolicy::pays(int accepted) const {
+  if (accepted < 1) return false;
+  return (accepted + 1) * verify_cost(1) > draft_cost(accepted) + verify_cost(accepted + 1);
+}
+
+void DepthPolicy::observe_unverified(int slot, float confidence, bool stood) {
+  calibration_.observe(slot, confidence, stood);
+  if (probe_stood_ < 0) return;
+  probe_stood_ = stood ? probe_stood_ + 1 : -1;
+  if (parked_ && pays(probe_stood_)) wait_ = 1;
 }
 
 }  // namespace dflash

@@ -27,8 +27,7 @@ struct RoundOutcome {
   int drafted = 0;   // slots the drafter computed (0 for lookup)
   int verified = 0;  // drafts that travelled with the anchor: the pass had verified + 1 rows
   int accepted = 0;
-  int next_stood = -1;  // all verified stood: would the first unverified draft have (1), or not (0)?
-  bool cut = false;     // the text ended inside the block: what follows is unknown, not rejected
+  bool cut = false;  // the text ended inside the block: what follows is unknown, not rejected
   int lookup_match = 0;
   std::vector<float> confidence;  // [drafted] the drafter's top-1 probability of each slot
   double draft_seconds = 0.0;     // drafter and its head
@@ -104,10 +103,13 @@ class DepthPolicy {
   // lookup_match / lookup_tokens: prompt lookup's candidate (0: none).
   DraftPlan plan(int max_depth, bool has_drafter, int lookup_match, int lookup_tokens);
 
-  // After drafting: how many of the drafted slots to verify.
+  // After drafting: how many of the drafted slots to verify. None, where that is not worth its time: then the drafts
+  // are only compared with what the target goes on to say.
   int verify_depth(const std::vector<float>& confidence) const;
 
   void observe(const RoundOutcome& outcome);
+  // A drafted slot that was not verified: all before it stood, and the text now says whether it would have too.
+  void observe_unverified(int slot, float confidence, bool stood);
 
   int max_depth() const { return max_depth_; }
   double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
@@ -128,6 +130,7 @@ class DepthPolicy {
   Choice best_lookup(int match, int tokens) const;
   static int lookup_bucket(int match);
   int longest_wait() const;
+  bool pays(int accepted) const;
 
   int max_depth_;
   CostTable verify_;  // index: width - 1
@@ -146,6 +149,7 @@ class DepthPolicy {
   int active_rounds_ = 0;  // drafting rounds since it was last parked
   int wait_ = 0;           // rounds until the next probe
   int interval_ = 8;       // doubles while probes show no gain
+  int probe_stood_ = -1;   // of the last probe's slots; -1: no probe is being followed
 };
 
 }  // namespace dflash

@@ -134,13 +134,16 @@ void Session::rewind(int pos) {
     drafter_pos_ = pos;
     pending_ = 0;
   } else {
-    pending_ = pos - drafter_pos_;
+    pending_ = std::min(pending_, pos - drafter_pos_);
   }
 }
 
-// Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline.
-void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most) {
-  const size_t most = std::min({static_cast<size_t>(pos_), tokens.size(), keep_at_most});
+// Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline. taps: the drafter
+// will be asked, so positions whose taps were not taken (plain decoding by choice) are run again.
+void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most, bool taps) {
+  taps_ = taps && model_->drafter;
+  const size_t cached = static_cast<size_t>(taps_ ? drafter_pos_ + pending_ : pos_);
+  const size_t most = std::min({cached, tokens.size(), keep_at_most});
   size_t common = 0;
   while (common < most && tokens[common] == tokens_[common]) ++common;
   rewind(static_cast<int>(common));
@@ -164,7 +167,11 @@ int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& par
     }
     before = chance;
   }
-  sync(tokens, tokens.size() - 1);  // the last token is run again: its logits are needed
+  if (!(params.simulate_spread >= 0.0 && params.simulate_spread <= 1.0)) {
+    fail("simulate_spread: 0 to 1 expected, found ", params.simulate_spread);
+  }
+  // The last token is run again: its logits are needed. Depth 0 is the target alone and owes the drafter nothing.
+  sync(tokens, tokens.size() - 1, params.depth != 0);
   params_ = params;
   sampler_ = Sampler(params.sampling);
   prompt_tokens_ = static_cast<int>(tokens.size());
@@ -193,32 +200,31 @@ float* Session::pending_taps(int row) const {
 void Session::forward_prompt(const int32_t* tokens, int rows) {
   backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
   TapSink sink;
-  if (model_->drafter) sink = {&model_->drafter->config().target_layers, pending_taps(pending_)};
+  if (taps_) sink = {&model_->drafter->config().target_layers, pending_taps(pending_)};
   model_->target->forward(backend_, scratch_, Step{rows, pos_}, token_buffer_.as<int32_t>(), kv_,
-                          model_->drafter ? &sink : nullptr);
+                          taps_ ? &sink : nullptr);
 }
 
 void Session::forward_verify(const int32_t* tokens, int rows) {
   backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
   TapSink sink;
-  if (model_->drafter) sink = {&model_->drafter->config().target_layers, step_taps_.as<float>()};
+  if (taps_) sink = {&model_->drafter->config().target_layers, step_taps_.as<float>()};
   const Step step{rows, pos_};
-  if (backend_.begin_step(step_key(StepKind::verify, rows), step)) return;
-  model_->target->forward(backend_, scratch_, step, token_buffer_.as<int32_t>(), kv_,
-                          model_->drafter ? &sink : nullptr);
+  if (backend_.begin_step(step_key(taps_ ? StepKind::verify : StepKind::plain, rows), step)) return;
+  model_->target->forward(backend_, scratch_, step, token_buffer_.as<int32_t>(), kv_, taps_ ? &sink : nullptr);
   model_->target->logits(backend_, scratch_, 0, rows, logits_buffer_.as<float>());
   backend_.end_step();
 }
 
 void Session::keep_taps(int rows) {
-  if (!model_->drafter) return;
+  if (!taps_) return;
   const int64_t width = static_cast<int64_t>(n_taps()) * model_->target->config().n_embd;
   backend_.copy_rows(step_taps_.as<float>(), rows, width, pending_taps(pending_), width);
 }
 
 void Session::commit(int rows) {
   pos_ += rows;
-  if (!model_->drafter) return;
+  if (!taps_) return;
   pending_ += rows;
   if (pending_ >= kPendingTaps) ingest_pending();
 }
@@ -289,16 +295,17 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   out.source = DraftSource::dflash;
   out.proposed = n;
   for (size_t i = 0; i < top.size(); ++i) {
-    out.confidence.push_back(params_.simulate_accept.empty() ? top[i].prob
-                                                             : static_cast<float>(params_.simulated_chance(i)));
+    out.confidence.push_back(params_.simulate_accept.empty()
+                                 ? top[i].prob
+                                 : static_cast<float>(simulated_confidence(tokens_.size() + i, i)));
   }
   const int keep = params_.depth >= 0 ? n : std::min(room, policy_.verify_depth(out.confidence));
   if (!params_.simulate_accept.empty()) {
     // Random weights echo one token for ever; a text of many tokens wakes as many experts as real text does.
-    for (size_t i = 0; i < top.size(); ++i) top[i].id = simulated_token(tokens_.size() + i);
+    for (size_t i = 0; i < top.size(); ++i) top[i].id = simulated_draft(tokens_.size() + i, i);
   }
   for (int i = 0; i < keep; ++i) out.tokens.push_back(top[static_cast<size_t>(i)].id);
-  if (keep < n) out.beyond = top[static_cast<size_t>(keep)].id;
+  for (int i = keep; i < n; ++i) out.unverified.push_back(top[static_cast<size_t>(i)].id);
   out.seconds = watch.seconds();
   stats_.draft_seconds += out.seconds - (backlog ? 0.0 : stats_.ingest_seconds - ingested);  // each stage once
   stats_.draft_by_count[static_cast<size_t>(n)].calls += 1;
@@ -329,14 +336,23 @@ int32_t Session::simulated_token(size_t position) const {
   return static_cast<int32_t>(u * model_->target->config().n_vocab);
 }
 
-// The target's token of row i when acceptance is imposed: the draft, or something else.
-int32_t Session::simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const {
-  if (params_.simulate_accept.empty()) return own;
-  const size_t slot = static_cast<size_t>(i), position = tokens_.size() + slot;
-  if (slot >= drafts.size()) return simulated_token(position);
+// The imposed chance of a slot (from 0) at that position: the slot's own on average.
+double Session::simulated_confidence(size_t position, size_t slot) const {
+  const double chance = params_.simulated_chance(slot);
+  const double room = params_.simulate_spread * std::min(chance, 1.0 - chance);
+  return uniform_at(params_.sampling.seed + 0xd1ff1cu, position) < 0.5 ? chance + room : chance - room;
+}
+
+// The draft of a slot for that position: the text's token or another one.
+int32_t Session::simulated_draft(size_t position, size_t slot) const {
+  const int32_t right = simulated_token(position);
   const double u = uniform_at(params_.sampling.seed + 0x51f15eu, position);
-  if (u < params_.simulated_chance(slot)) return drafts[slot];
-  return (drafts[slot] + 1) % model_->target->config().n_vocab;
+  return u < simulated_confidence(position, slot) ? right : (right + 1) % model_->target->config().n_vocab;
+}
+
+// What follows the drafts before row: the target's own token, unless a text is imposed.
+int32_t Session::target_token(int32_t own, int row) const {
+  return params_.simulate_accept.empty() ? own : simulated_token(tokens_.size() + static_cast<size_t>(row));
 }
 
 Accepted Session::verify(const Drafts& drafts) {
@@ -355,8 +371,8 @@ Accepted Session::verify(const Drafts& drafts) {
     std::vector<Top1> top(static_cast<size_t>(rows));
     backend_.top1(logits, rows, n_vocab, top.data());
     verify_seconds = watch.seconds();
-    accepted = accept_matching(
-        drafts.tokens, [&](int i) { return simulate(top[static_cast<size_t>(i)].id, drafts.tokens, i); }, stop);
+    accepted =
+        accept_matching(drafts.tokens, [&](int i) { return target_token(top[static_cast<size_t>(i)].id, i); }, stop);
   } else {
     host_logits_.resize(static_cast<size_t>(rows) * static_cast<size_t>(n_vocab));
     backend_.download(host_logits_.data(), logits, host_logits_.size() * sizeof(float));
@@ -367,7 +383,7 @@ Accepted Session::verify(const Drafts& drafts) {
         [&](int i) {
           if (i > 0) history.push_back(drafts.tokens[static_cast<size_t>(i) - 1]);
           const float* row = host_logits_.data() + static_cast<int64_t>(i) * n_vocab;
-          return simulate(sampler_.sample(row, n_vocab, history), drafts.tokens, i);
+          return target_token(sampler_.sample(row, n_vocab, history), i);
         },
         stop);
   }
@@ -404,12 +420,28 @@ void Session::account(const Drafts& drafts, const Accepted& accepted, double ver
   outcome.verified = n;
   outcome.accepted = accepted.count;
   outcome.cut = accepted.count < n && is_eos(accepted.tokens.back());
-  if (accepted.count == n && drafts.beyond >= 0) outcome.next_stood = accepted.tokens.back() == drafts.beyond ? 1 : 0;
   outcome.lookup_match = drafts.lookup_match;
   outcome.confidence = drafts.confidence;
   outcome.draft_seconds = drafts.seconds;
   outcome.verify_seconds = verify_seconds;
   policy_.observe(outcome);
+  if (drafts.source != DraftSource::dflash) return;
+  followed_ = {};
+  if (accepted.count < n) return;  // a rejected draft: those behind it were drafted for another text
+  const size_t first = static_cast<size_t>(n);
+  followed_ = {drafts.unverified, {}, first, tokens_.size() + first, 0};
+  followed_.confidence.assign(drafts.confidence.begin() + n, drafts.confidence.end());
+}
+
+// Tells the policy how drafts that were not verified compare with the tokens committed since.
+void Session::follow_drafts() {
+  Followed& f = followed_;
+  while (f.next < f.tokens.size() && f.position + f.next < tokens_.size()) {
+    const size_t i = f.next++;
+    const bool stood = tokens_[f.position + i] == f.tokens[i];
+    policy_.observe_unverified(static_cast<int>(f.first_slot + i), f.confidence[i], stood);
+    if (!stood) f.next = f.tokens.size();
+  }
 }
 
 StepResult Session::step() {
@@ -445,6 +477,7 @@ StepResult Session::step() {
   const Drafts drafts = propose(std::min(model_->block_size() - 1, left - 1));
   const Accepted accepted = verify(drafts);
   tokens_.insert(tokens_.end(), accepted.tokens.begin(), accepted.tokens.end());
+  follow_drafts();
   // In the caches now: the anchor and all but the last committed token.
   keep_taps(static_cast<int>(accepted.tokens.size()));
   commit(static_cast<int>(accepted.tokens.size()));
@@ -463,7 +496,7 @@ StepResult Session::step() {
 
 void Session::run_all(const std::vector<int32_t>& tokens) {
   check_tokens(tokens);
-  sync(tokens, tokens.size());
+  sync(tokens, tokens.size(), true);
   prompt_tokens_ = static_cast<int>(tokens.size());
   while (pos_ < prompt_tokens_) {
     const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
@@ -474,7 +507,7 @@ void Session::run_all(const std::vector<int32_t>& tokens) {
 
 std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
   check_tokens(tokens);
-  sync(tokens, 0);
+  sync(tokens, 0, true);
   prompt_tokens_ = static_cast<int>(tokens.size());
   const int64_t n_vocab = model_->target->config().n_vocab;
   std::vector<float> out(tokens.size() * static_cast<size_t>(n_vocab));
@@ -496,7 +529,7 @@ std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
 std::vector<float> Session::taps(const std::vector<int32_t>& tokens) {
   if (!model_->drafter) fail("taps: a drafter names the tapped layers; none was loaded");
   check_tokens(tokens);
-  sync(tokens, 0);
+  sync(tokens, 0, true);
   prompt_tokens_ = static_cast<int>(tokens.size());
   const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
   std::vector<float> out(tokens.size() * row);

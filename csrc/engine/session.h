@@ -34,6 +34,9 @@ struct GenerateParams {
   // Benchmarks of synthetic models: the chance that drafts 1..i+1 all stand. Drafts then stand by (seeded) chance,
   // whatever the target says, and the drafter's confidences are replaced by these chances. Empty: off.
   std::vector<double> simulate_accept;
+  // How much rounds differ, 0..1: each draft is an easy or a hard one, with that share of the room its slot's average
+  // leaves to 0 or 1, and the drafter's confidence says which. 0: confidences tell nothing.
+  double simulate_spread = 0.0;
 
   // Chance that draft i (from 0) stands given those before it; past the list, the last one holds on.
   double simulated_chance(size_t i) const;
@@ -77,20 +80,20 @@ class Session {
   struct Drafts {
     DraftSource source = DraftSource::none;
     std::vector<int32_t> tokens;
-    int proposed = 0;     // slots the drafter computed; tokens are the first of them
-    int32_t beyond = -1;  // the first drafted token that is not verified
+    int proposed = 0;                 // slots the drafter computed; tokens are the first of them
+    std::vector<int32_t> unverified;  // those behind tokens, told to the policy as the text goes on
     int lookup_match = 0;
     std::vector<float> confidence;
     double seconds = 0.0;
   };
 
   void check_tokens(const std::vector<int32_t>& tokens) const;
-  void sync(const std::vector<int32_t>& tokens, size_t keep_at_most);
+  void sync(const std::vector<int32_t>& tokens, size_t keep_at_most, bool taps);
   // Runs prompt tokens at pos_ .. through the target; their taps go straight to the pending rows.
   void forward_prompt(const int32_t* tokens, int rows);
   // Runs [anchor, drafts] through the target and its head, as a step the backend may record and replay.
   void forward_verify(const int32_t* tokens, int rows);
-  enum class StepKind : uint64_t { verify = 1, draft = 2, ingest = 3 };
+  enum class StepKind : uint64_t { verify = 1, draft = 2, ingest = 3, plain = 4 };  // plain: verify without taps
   uint64_t step_key(StepKind kind, int rows) const;
   uint64_t draft_key(int n, int rows) const;
   float* pending_taps(int row) const;
@@ -102,8 +105,11 @@ class Session {
   Drafts draft_dflash(int n, int room);
   Accepted verify(const Drafts& drafts);
   void account(const Drafts& drafts, const Accepted& accepted, double verify_seconds);
+  void follow_drafts();
   int32_t simulated_token(size_t position) const;
-  int32_t simulate(int32_t own, const std::vector<int32_t>& drafts, int i) const;
+  double simulated_confidence(size_t position, size_t slot) const;
+  int32_t simulated_draft(size_t position, size_t slot) const;
+  int32_t target_token(int32_t own, int row) const;
   bool is_eos(int32_t token) const;
   const char* stop_reason() const;
   int n_taps() const;
@@ -128,6 +134,7 @@ class Session {
   int drafter_pos_ = 0;          // tokens whose K/V the drafter's cache holds
   int pending_ = 0;              // rows of taps_buffer_ not yet taken in: positions drafter_pos_ .. + pending_
   int prompt_tokens_ = 0;
+  bool taps_ = false;    // passes of this generation hand taps to the drafter
   bool active_ = false;  // between begin() and the end of the generation
   bool first_ = true;    // the next step commits the first token
 
@@ -135,6 +142,13 @@ class Session {
   Sampler sampler_{SamplingParams{}};
   LookupProposer lookup_;
   DepthPolicy policy_;
+  // Drafts that were not verified: what the target says where they stood costs nothing to compare.
+  struct Followed {
+    std::vector<int32_t> tokens;  // of slots first_slot + 1 ...
+    std::vector<float> confidence;
+    size_t first_slot = 0, position = 0, next = 0;  // position of tokens[0]; the next of them to be told
+  };
+  Followed followed_;
   Stats stats_, earlier_;  // of this generation; of those before it
 };
 

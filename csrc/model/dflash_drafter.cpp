@@ -10,7 +10,7 @@ DFlashDrafter::Scratch::Scratch(Backend& backend, const DrafterConfig& c, int ro
     : max_rows(rows > c.block_size ? rows : c.block_size) {
   const size_t n = static_cast<size_t>(max_rows), block = static_cast<size_t>(c.block_size);
   const size_t q_size = block * static_cast<size_t>(c.n_head * c.head_dim);
-  const size_t kv_size = n * static_cast<size_t>(c.n_head_kv * c.head_dim);
+  const size_t kv_size = n * static_cast<size_t>(c.n_layer * c.n_head_kv * c.head_dim);
   memory = backend.alloc((n * static_cast<size_t>(c.n_embd) + 2 * q_size + 2 * kv_size) * sizeof(float));
   x = memory.as<float>();
   q = x + n * static_cast<size_t>(c.n_embd);
@@ -113,13 +113,19 @@ QkvPost DFlashDrafter::qkv_post(const Layer& l) const {
 void DFlashDrafter::ingest(Backend& backend, Scratch& s, Step step, const float* taps, const KvCache& kv) const {
   const MatmulOut fused{&fc_, s.x};
   backend.norm_matmul(taps, nullptr, 0.0f, step.rows, &fused, 1);
-  backend.rms_norm(s.x, f32(hidden_norm_), config_.eps, step.rows, config_.n_embd, s.x);
+  // The layers' own input norms apply to block rows only; context rows share the one hidden_norm, so every layer's K
+  // and V come from one product.
+  const int64_t size = int64_t{step.rows} * config_.n_head_kv * config_.head_dim;
+  std::vector<MatmulOut> outs;
   for (int i = 0; i < config_.n_layer; ++i) {
     const Layer& l = layers_[static_cast<size_t>(i)];
-    // The layer's own input norm applies to block rows only; context rows share the one hidden_norm.
-    const MatmulOut outs[] = {{&l.k, s.k}, {&l.v, s.v}};
-    backend.norm_matmul(s.x, nullptr, 0.0f, step.rows, outs, 2);
-    backend.qkv_post(qkv_post(l), step, nullptr, s.k, s.v, kv.layer(i));
+    outs.push_back({&l.k, s.k + i * size});
+    outs.push_back({&l.v, s.v + i * size});
+  }
+  backend.norm_matmul(s.x, f32(hidden_norm_), config_.eps, step.rows, outs.data(), static_cast<int>(outs.size()));
+  for (int i = 0; i < config_.n_layer; ++i) {
+    const Layer& l = layers_[static_cast<size_t>(i)];
+    backend.qkv_post(qkv_post(l), step, nullptr, s.k + i * size, s.v + i * size, kv.layer(i));
   }
 }
 

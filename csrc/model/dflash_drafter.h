@@ -32,8 +32,8 @@ class DFlashDrafter {
     float* x;         // [max_rows, n_embd]
     float* q;         // [block_size, n_head * head_dim]
     float* attn;      // [block_size, n_head * head_dim]
-    float* k;         // [max_rows, n_head_kv * head_dim]
-    float* v;         // [max_rows, n_head_kv * head_dim]
+    float* k;         // [n_layer, max_rows, n_head_kv * head_dim]; a block uses the first
+    float* v;         // the same
     int32_t* tokens;  // [block_size]
   };
 

@@ -174,10 +174,12 @@ class Session:
         eos_ids: Sequence[int] = (),
         lookup: bool = True,
         simulate_accept: Sequence[float] = (),
+        simulate_spread: float = 0.0,
     ) -> int:
         """Starts a generation: keeps the common prefix of the caches and returns its length. depth: -1 auto,
         0..block_size-1 fixed. simulate_accept[i]: impose acceptance, the chance that drafts 1..i+1 all stand
-        (benchmarks of synthetic models; the drafter's confidences are replaced to match). Raises DFlashError (empty
+        (benchmarks of synthetic models; the drafter's confidences are replaced to match). simulate_spread, 0..1: how
+        far a draft's own chance, which is its confidence, lies from its slot's average. Raises DFlashError (empty
         prompt, token out of range), CapacityError (too long)."""
     def prefill(self) -> tuple[int, int]:
         """Runs one chunk of the prompt; (done, total). Call until done == total."""
@@ -227,10 +229,11 @@ class DepthPolicy:
         confidence: Sequence[float],
         draft_seconds: float,
         verify_seconds: float,
-        next_stood: int = -1,
         lookup_match: int = 0,
     ) -> None:
-        """One round's outcome. next_stood: whether the first unverified draft would have stood (1, 0; -1 unknown)."""
+        """One round's outcome."""
+    def observe_unverified(self, slot: int, confidence: float, stood: bool) -> None:
+        """Whether a drafted slot (from 0) that was not verified would have stood; all slots before it did."""
     def verify_cost(self, width: int) -> float:
         """Seconds of a pass of width rows, as the policy believes now."""
     def draft_cost(self, n: int) -> float: ...

@@ -59,6 +59,9 @@ def add(subparsers: common.Subparsers) -> None:
     group.add_argument("--lookup", action="store_true", help="let prompt lookup compete in auto")
     group.add_argument("--simulate-accept", type=comma_list(float), default=(), metavar="P,...",
                        help="impose the chance that drafts 1..n all stand")  # fmt: skip
+    group.add_argument("--simulate-spread", type=float, default=d.simulate_spread, metavar="S",
+                       help="0..1: how much imposed chances differ from round to round, which the drafter's "
+                       "confidences then tell (default: 0, they tell nothing)")  # fmt: skip
     group.add_argument("--data", nargs="+", metavar="FILE", help="prompts are cut from here (default: random tokens)")
     group.add_argument("--json", metavar="FILE", help="write all numbers there")
     group.add_argument("--plot", metavar="PNG", help="draw them (needs matplotlib: pip install 'dflash-cpp[plot]')")
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
         simulate_accept=args.simulate_accept,
+        simulate_spread=args.simulate_spread,
         lookup=args.lookup,
         kv_type=args.kv_type,
     )
