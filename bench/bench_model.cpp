@@ -19,6 +19,7 @@
 #include "core/error.h"
 #include "model/dflash_drafter.h"
 #include "model/minimax_m2.h"
+#include "timed_backend.h"
 
 using namespace dflash;
 
@@ -59,7 +60,7 @@ int main(int argc, char** argv) try {
   std::vector<int> rows_list = {1, 2, 4, 8}, prefill_list = {128, 512};
   double seconds = 1.0;
   int ctx = 0;
-  bool slab = false, wall = false;
+  bool slab = false, wall = false, ops = false;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     if (a == "--slab") {
@@ -68,6 +69,10 @@ int main(int argc, char** argv) try {
     }
     if (a == "--wall") {
       wall = true;
+      continue;
+    }
+    if (a == "--ops") {
+      ops = true;
       continue;
     }
     if (a == "--no-repack") {
@@ -90,7 +95,8 @@ int main(int argc, char** argv) try {
   }
   cpu_clock = options.n_threads == 1 && !wall;
   const auto backend = make_cpu_backend(options);
-  Backend& b = *backend;
+  TimedBackend timed(*backend);
+  Backend& b = ops ? static_cast<Backend&>(timed) : *backend;
   std::printf("backend\t%s\n", b.describe().c_str());
   const double open_start = now();
   std::unique_ptr<MiniMaxM2> model;  // "load" includes a first token, as opening a file for use does
@@ -124,6 +130,7 @@ int main(int argc, char** argv) try {
 
   const auto report = [&](const char* what, int rows, const std::function<void()>& f, bool target) {
     (void)b.take_expert_count();
+    (void)timed.take();
     int calls = 0;
     const std::vector<double> t = times([&] { ++calls, f(); }, seconds);
     const double distinct = static_cast<double>(b.take_expert_count().distinct) / calls;
@@ -131,6 +138,10 @@ int main(int argc, char** argv) try {
     const double expert = static_cast<double>(model->expert_bytes_per_token()) / (c.n_layer * c.n_expert_used);
     std::printf("%s\t%d\t%.1f\t%.1f\t%.0f\n", what, rows, t[t.size() / 2] * 1e6, t[t.size() / 10] * 1e6,
                 target ? fixed + distinct * expert : 0.0);
+    for (const auto& [name, e] : timed.take()) {
+      std::printf("  %s\t%d\t%.1f\tof %lld calls\n", name.c_str(), rows, e.seconds / calls * 1e6,
+                  static_cast<long long>(e.calls / calls));
+    }
     std::fflush(stdout);
   };
   const auto forward = [&](int rows, int pos, bool all_logits) {

@@ -37,6 +37,7 @@ void CpuBackend::qkv_post(const QkvPost& p, Step step, float* q, float* k, const
   if (step.pos0 < 0 || step.pos0 + step.rows > kv.n_ctx) {
     fail("positions ", step.pos0, "..", step.pos0 + step.rows - 1, " do not fit a cache of ", kv.n_ctx);
   }
+  if (kv.n_ctx % kKeyBlock != 0) fail("a KV cache of ", kv.n_ctx, " positions: a multiple of ", kKeyBlock, " expected");
   update_rope(p, step);
   const int half = p.n_rot / 2;
   const size_t row = row_bytes(kv.type, p.head_dim);
@@ -48,14 +49,25 @@ void CpuBackend::qkv_post(const QkvPost& p, Step step, float* q, float* k, const
   };
   const int64_t q_width = static_cast<int64_t>(p.n_head) * p.head_dim,
                 kv_width = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
-  parallel(step.rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t r, int) {
-    if (q) finish(q + r * q_width, p.q_norm, p.n_head, r);
-    finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
-    for (int h = 0; h < p.n_head_kv; ++h) {
-      const size_t at = row * static_cast<size_t>(static_cast<int64_t>(h) * kv.n_ctx + step.pos0 + r);
-      const int64_t from = r * kv_width + static_cast<int64_t>(h) * p.head_dim;
-      k_.store_kv(kv.type, k + from, p.head_dim, static_cast<uint8_t*>(kv.k) + at);
-      k_.store_kv(kv.type, v + from, p.head_dim, static_cast<uint8_t*>(kv.v) + at);
+  // Key blocks first, each one item: rows of one block share cache lines. Then the rows' queries.
+  const int first_block = step.pos0 / kKeyBlock, blocks = (step.pos0 + step.rows - 1) / kKeyBlock - first_block + 1;
+  const int query_rows = q ? step.rows : 0;
+  parallel(blocks + query_rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t item, int) {
+    if (item >= blocks) return finish(q + (item - blocks) * q_width, p.q_norm, p.n_head, item - blocks);
+    const int block = first_block + static_cast<int>(item);
+    const int begin = std::max(step.pos0, block * kKeyBlock);
+    const int end = std::min(step.pos0 + step.rows, (block + 1) * kKeyBlock);
+    for (int pos = begin; pos < end; ++pos) {
+      const int64_t r = pos - step.pos0;
+      finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
+      for (int h = 0; h < p.n_head_kv; ++h) {
+        const size_t head = row * static_cast<size_t>(h) * static_cast<size_t>(kv.n_ctx);
+        const int64_t from = r * kv_width + static_cast<int64_t>(h) * p.head_dim;
+        k_.store_key(kv.type, k + from, p.head_dim, pos % kKeyBlock,
+                     static_cast<uint8_t*>(kv.k) + head + row * static_cast<size_t>(block * kKeyBlock));
+        k_.store_value(kv.type, v + from, p.head_dim,
+                       static_cast<uint8_t*>(kv.v) + head + row * static_cast<size_t>(pos));
+      }
     }
   });
 }

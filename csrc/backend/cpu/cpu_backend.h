@@ -105,6 +105,7 @@ class CpuBackend final : public Backend {
   }
   static constexpr size_t kSerialBytes = 48 << 10;  // about 2 us of work
 
+  Buffer alloc_weight(size_t bytes);
   bool int8_path(const Weight& w) const { return is_quantized(w.type) && !precise_; }
 
   // ---- cpu_matmul.cpp
@@ -151,6 +152,8 @@ class CpuBackend final : public Backend {
   const bool precise_;
   const bool repack_;
   ExpertCount count_;
+  Buffer arena_;
+  size_t arena_used_ = 0;
 
   struct PerThread {
     Scratch panel, rows, out, gate_up, attention;

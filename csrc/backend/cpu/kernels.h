@@ -4,6 +4,7 @@
 //    groups in order (Q4_1 adds acc = fma(m, da * float(sum of activations), acc));
 //  * float dot products: 16 lanes, lane j takes elements j, j + 16, ... by fma, then the tree
 //    (j, j + 8), (j, j + 4), (j, j + 2), (j, j + 1);
+//  * attention scores: one fma per dim in order; values: one fma per position in order;
 //  * everything else: the same f32 operations in the same order (kernels.inc, compiled once per instruction set).
 
 #include <cstddef>
@@ -37,10 +38,16 @@ constexpr size_t panel_bytes(DType type, int64_t n_in) {
   return static_cast<size_t>(kPanel) * row_bytes(type, is_quantized(type) ? n_in : (n_in + 15) / 16 * 16);
 }
 
+// Keys are cached in blocks of 16 positions, so that one vector lane is one key and scores need no horizontal sums.
+//   F32, F16: dim i of position j at element 16 i + j of the block
+//   Q8_0: per 32 dims: f16 d[16], then byte 16 i + j
+// Values are cached as rows.
+inline constexpr int kKeyBlock = 16;
+
 // The query heads of one KV head, for some rows that all see the keys [begin, end) of one chunk.
 struct AttentionChunk {
   DType type = DType::F16;
-  const uint8_t* k = nullptr;  // position 0 of this KV head
+  const uint8_t* k = nullptr;  // position 0 of this KV head, key blocks
   const uint8_t* v = nullptr;
   const float* q = nullptr;  // row r, head h: q + r * q_stride + h * head_dim
   int64_t q_stride = 0;
@@ -80,7 +87,8 @@ struct Kernels {
   void (*add)(const float* x, int64_t n, float* y);                                         // y += x
   void (*weighted_sum)(const float* w, const float* const* x, int k, int64_t n, float* y);  // y += sum w[i] x[i]
   void (*rotate)(float* x, const float* cos, const float* sin, int half);                   // NEOX pairs (i, i + half)
-  void (*store_kv)(DType type, const float* x, int64_t n, uint8_t* y);
+  void (*store_key)(DType type, const float* x, int64_t n, int lane, uint8_t* block);  // position lane of a key block
+  void (*store_value)(DType type, const float* x, int64_t n, uint8_t* y);
   void (*attention_chunk)(const AttentionChunk& a);
   // Adds a chunk's result (max, sum, acc) to a running one.
   void (*attention_merge)(float* max, float* sum, float* acc, float chunk_max, float chunk_sum, const float* chunk_acc,
