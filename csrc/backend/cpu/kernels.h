@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "quant/dtype.h"
 
@@ -70,9 +71,10 @@ struct Kernels {
 
   // y[i] of n elements in blocks of 32; n is a multiple of 32.
   void (*quantize)(const float* x, int64_t n, ActBlock* y);
-  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations.
+  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations. next: the weights that will
+  // be read after these (null: what follows them), fetched towards the end.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                 float* const* y);
+                 float* const* y, const uint8_t* next);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
   void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
   // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows: GGUF rows, or the rows of panels.
