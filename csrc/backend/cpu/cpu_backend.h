@@ -152,7 +152,14 @@ class CpuBackend final : public Backend {
   void run_experts(const Weight& gate, const Weight& up, const Weight& down, const Activations& h, int rows, float* x);
 
   // ---- cpu_attention.cpp
-  void update_rope(const QkvPost& p, Step step);
+  struct RopeTable {
+    std::vector<float> inv_freq, cos, sin;  // cos, sin [positions, n_rot / 2]
+    std::vector<int> position;              // of each slot; a power of two of them
+    float scale = 0.0f;
+
+    size_t slot(int pos) const { return static_cast<size_t>(pos) & (position.size() - 1); }
+  };
+  const RopeTable& rope_table(const QkvPost& p, Step step);
 
   ThreadPool pool_;
   const Kernels& k_;
@@ -170,11 +177,7 @@ class CpuBackend final : public Backend {
   std::vector<Tile> tiles_;
   Routing routing_;
   std::vector<int> expert_rows_, expert_start_;
-  struct RopeTable {
-    std::vector<float> inv_freq, cos, sin;  // cos, sin [rows, n_rot / 2]
-    float scale = 0.0f;
-    int pos0 = -1, rows = 0;
-  } rope_;
+  std::vector<RopeTable> rope_;
 };
 
 }  // namespace cpu

@@ -45,7 +45,7 @@ constexpr size_t panel_bytes(DType type, int64_t n_in) {
 // Values are cached as rows.
 inline constexpr int kKeyBlock = 16;
 
-// The query heads of one KV head, for some rows that all see the keys [begin, end) of one chunk.
+// The query heads of one KV head, for some rows. Row r sees the keys [begin, end[r]) of one chunk; end does not fall.
 struct AttentionChunk {
   DType type = DType::F16;
   const uint8_t* k = nullptr;  // position 0 of this KV head, key blocks
@@ -56,7 +56,8 @@ struct AttentionChunk {
   int n_head = 0;    // query heads sharing this KV head
   int head_dim = 0;  // multiple of 16
   float scale = 0.0f;
-  int begin = 0, end = 0;
+  int begin = 0;
+  const int* end = nullptr;  // [n_rows]
   // Results per row and head: max score, sum of exp(score - max), sum of exp(score - max) * v.
   float* max = nullptr;  // max + r * state_stride + h
   float* sum = nullptr;  // sum + r * state_stride + h
