@@ -1,9 +1,13 @@
 // Times whole forward passes of the target (and drafter) on the CPU backend, without Python in between.
 //   bench_model (--gguf FILE [--drafter FILE] | --slab) [--threads N] [--isa NAME] [--rows 1,2,4,8] [--prefill 128,512]
-//               [--seconds S] [--ctx N] [--no-repack] [--precise] [--wall]
+//               [--seconds S] [--ctx N] [--no-repack] [--precise] [--wall] [--ops] [--paired ROUNDS]
 // --slab: two layers of full MiniMax-M2.7 shape, Q4_0, vocabulary 8192, random weights. Prints, tab separated:
 //   what rows microseconds(median) microseconds(fastest tenth) bytes(read once: attention, distinct experts, router,
 //   head)
+// --ops: with the time of each op below. --paired: instead, steps of each width between two reads of memory, in turn, 60
+// ms each, since the bandwidth of a shared host swings. Prints, tab separated, medians over the rounds:
+//   paired rows GB/s(step) GB/s(reads beside it) share share(lower quartile) share(upper quartile)
+//   time / (bytes at the one-row rate of the same round)
 
 #include <algorithm>
 #include <chrono>
@@ -19,6 +23,9 @@
 #include "core/error.h"
 #include "model/dflash_drafter.h"
 #include "model/minimax_m2.h"
+#include "m27.h"
+#include "read_bandwidth.h"
+#include "timed_backend.h"
 
 using namespace dflash;
 
@@ -59,7 +66,8 @@ int main(int argc, char** argv) try {
   std::vector<int> rows_list = {1, 2, 4, 8}, prefill_list = {128, 512};
   double seconds = 1.0;
   int ctx = 0;
-  bool slab = false, wall = false;
+  bool slab = false, wall = false, ops = false;
+  int paired = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     if (a == "--slab") {
@@ -68,6 +76,10 @@ int main(int argc, char** argv) try {
     }
     if (a == "--wall") {
       wall = true;
+      continue;
+    }
+    if (a == "--ops") {
+      ops = true;
       continue;
     }
     if (a == "--no-repack") {
@@ -86,27 +98,18 @@ int main(int argc, char** argv) try {
     if (a == "--rows") rows_list = numbers(v);
     if (a == "--prefill") prefill_list = numbers(v);
     if (a == "--seconds") seconds = std::atof(v.c_str());
+    if (a == "--paired") paired = std::atoi(v.c_str());
     if (a == "--ctx") ctx = std::atoi(v.c_str());
   }
   cpu_clock = options.n_threads == 1 && !wall;
   const auto backend = make_cpu_backend(options);
-  Backend& b = *backend;
+  TimedBackend timed(*backend);
+  Backend& b = ops ? static_cast<Backend&>(timed) : *backend;
   std::printf("backend\t%s\n", b.describe().c_str());
   const double open_start = now();
   std::unique_ptr<MiniMaxM2> model;  // "load" includes a first token, as opening a file for use does
   if (slab) {
-    TargetConfig c;
-    c.n_layer = 2;
-    c.n_embd = 3072;
-    c.n_head = 48;
-    c.n_head_kv = 8;
-    c.head_dim = 128;
-    c.n_expert = 256;
-    c.n_expert_used = 8;
-    c.n_ff = 1536;
-    c.n_vocab = 8192;
-    c.rope = make_rope(64, 5e6);
-    model = MiniMaxM2::random(c, DType::Q4_0, DType::Q4_0, 1.0f, b, 1);
+    model = MiniMaxM2::random(m27_config(2, 8192), DType::Q4_0, DType::Q4_0, 1.0f, b, 1);
   } else {
     model = MiniMaxM2::load(Gguf::open(gguf), b, nullptr);
   }
@@ -124,6 +127,7 @@ int main(int argc, char** argv) try {
 
   const auto report = [&](const char* what, int rows, const std::function<void()>& f, bool target) {
     (void)b.take_expert_count();
+    (void)timed.take();
     int calls = 0;
     const std::vector<double> t = times([&] { ++calls, f(); }, seconds);
     const double distinct = static_cast<double>(b.take_expert_count().distinct) / calls;
@@ -131,6 +135,10 @@ int main(int argc, char** argv) try {
     const double expert = static_cast<double>(model->expert_bytes_per_token()) / (c.n_layer * c.n_expert_used);
     std::printf("%s\t%d\t%.1f\t%.1f\t%.0f\n", what, rows, t[t.size() / 2] * 1e6, t[t.size() / 10] * 1e6,
                 target ? fixed + distinct * expert : 0.0);
+    for (const auto& [name, e] : timed.take()) {
+      std::printf("  %s\t%d\t%.1f\tof %lld calls\n", name.c_str(), rows, e.seconds / calls * 1e6,
+                  static_cast<long long>(e.calls / calls));
+    }
     std::fflush(stdout);
   };
   const auto forward = [&](int rows, int pos, bool all_logits) {
@@ -141,6 +149,53 @@ int main(int argc, char** argv) try {
   forward(1, 0, true);
   std::printf("load\t1\t%.0f\n", (now() - open_start) * 1e6);
   for (int p = 0; p < ctx; p += max_rows) forward(std::min(max_rows, ctx - p), p, false);
+  if (paired > 0) {
+    ReadBandwidth reader(b, options.n_threads);
+    constexpr double kSlice = 0.06;
+    const double fixed = static_cast<double>(model->bytes_per_token() - model->expert_bytes_per_token());
+    const double expert = static_cast<double>(model->expert_bytes_per_token()) / (c.n_layer * c.n_expert_used);
+    const auto read_rate = [&] {  // bytes per second
+      double bytes = 0.0;
+      const double start = now();
+      while (now() < start + kSlice) {
+        reader.read(size_t{256} << 20);
+        bytes += 256.0 * (1 << 20);
+      }
+      return bytes / (now() - start);
+    };
+    const auto step_rate = [&](int rows) {
+      (void)b.take_expert_count();
+      int calls = 0;
+      const double start = now();
+      for (; now() < start + kSlice; ++calls) forward(rows, ctx, true);
+      const double seconds = now() - start;
+      return (fixed * calls + expert * static_cast<double>(b.take_expert_count().distinct)) / seconds;
+    };
+    const auto quantile = [](std::vector<double> v, double q) {
+      std::sort(v.begin(), v.end());
+      return v[std::min(v.size() - 1, static_cast<size_t>(q * static_cast<double>(v.size())))];
+    };
+    std::vector<std::vector<double>> steps(rows_list.size()), reads(rows_list.size()), shares(rows_list.size()),
+        against_one(rows_list.size());
+    for (int round = -1; round < paired; ++round) {  // round -1 warms up
+      double before = read_rate();
+      for (size_t i = 0; i < rows_list.size(); ++i) {
+        const double rate = step_rate(rows_list[i]), after = read_rate(), beside = (before + after) / 2;
+        before = after;
+        if (round < 0) continue;
+        steps[i].push_back(rate);
+        reads[i].push_back(beside);
+        shares[i].push_back(rate / beside);
+        against_one[i].push_back(steps[0].back() / rate);
+      }
+    }
+    for (size_t i = 0; i < rows_list.size(); ++i) {
+      std::printf("paired\t%d\t%.1f\t%.1f\t%.3f\t%.3f\t%.3f\t%.3f\n", rows_list[i], quantile(steps[i], 0.5) * 1e-9,
+                  quantile(reads[i], 0.5) * 1e-9, quantile(shares[i], 0.5), quantile(shares[i], 0.25),
+                  quantile(shares[i], 0.75), quantile(against_one[i], 0.5));
+    }
+    return reader.sum() == 42 ? 2 : 0;
+  }
   for (const int rows : rows_list) {
     int pos = ctx;
     report(

@@ -17,6 +17,7 @@
 #include "backend/backend.h"
 #include "core/error.h"
 #include "core/thread_pool.h"
+#include "read_bandwidth.h"
 
 using namespace dflash;
 
@@ -48,35 +49,16 @@ double median_seconds(const std::function<void()>& f, double budget = 0.3) {
   return t[t.size() / 2];
 }
 
-// What plain streaming reads: the yardstick for the shares.
 double read_bandwidth(Backend& b, int threads) {
-  const size_t bytes = size_t{1} << 30, piece = size_t{1} << 20;
-  Buffer memory = b.alloc(bytes);
-  std::memset(memory.data, 1, bytes);
-  ThreadPool pool(threads);
-  const uint64_t* data = memory.as<uint64_t>();
-  std::vector<uint64_t> sums(static_cast<size_t>(pool.size()) * 8);
+  ReadBandwidth reader(b, threads);
   std::vector<double> t;
   for (int round = 0; round < 7; ++round) {
     const double start = now();
-    pool.parallel_for(static_cast<int64_t>(bytes / piece), [&](int64_t i, int thread) {
-      typedef uint64_t V __attribute__((vector_size(64)));
-      const V* p = reinterpret_cast<const V*>(data + static_cast<size_t>(i) * (piece / 8));
-      V s0{}, s1{}, s2{}, s3{};
-      for (size_t k = 0; k < piece / sizeof(V); k += 4) {
-        for (size_t line = 0; line < 4; ++line) __builtin_prefetch(p + k + line + 192);
-        s0 += p[k];
-        s1 += p[k + 1];
-        s2 += p[k + 2];
-        s3 += p[k + 3];
-      }
-      const V s = s0 + s1 + s2 + s3;
-      sums[static_cast<size_t>(thread) * 8] += s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
-    });
+    reader.read(reader.bytes());
     t.push_back(now() - start);
   }
-  if (sums[0] == 42) std::puts("");
-  return static_cast<double>(bytes) / *std::min_element(t.begin(), t.end());
+  if (reader.sum() == 42) std::puts("");
+  return static_cast<double>(reader.bytes()) / *std::min_element(t.begin(), t.end());
 }
 
 struct Shape {

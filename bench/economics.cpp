@@ -18,6 +18,7 @@
 
 #include "core/error.h"
 #include "engine/session.h"
+#include "m27.h"
 
 using namespace dflash;
 
@@ -59,22 +60,6 @@ Options parse(int argc, char** argv) {
   return o;
 }
 
-TargetConfig m27(const Options& o) {
-  TargetConfig c;
-  c.path = "synthetic MiniMax-M2.7";
-  c.n_layer = o.layers;
-  c.n_embd = 3072;
-  c.n_head = 48;
-  c.n_head_kv = 8;
-  c.head_dim = 128;
-  c.n_expert = 256;
-  c.n_expert_used = 8;
-  c.n_ff = 1536;
-  c.n_vocab = o.vocab;
-  c.rope = make_rope(64, 5e6);
-  return c;
-}
-
 // The card's drafter; taps scaled down with the layers.
 DrafterConfig l3h5(const TargetConfig& target) {
   DrafterConfig c;
@@ -106,7 +91,7 @@ int main(int argc, char** argv) try {
   BackendOptions options;
   options.name = o.backend;
   options.n_threads = o.threads;
-  const TargetConfig target = m27(o);
+  const TargetConfig target = m27_config(o.layers, o.vocab);
   const DrafterConfig drafter = l3h5(target);
   SyntheticOptions synthetic;
   synthetic.branch_gain = o.gain;

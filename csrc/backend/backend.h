@@ -62,14 +62,14 @@ struct MemoryInfo {
 };
 
 // One layer's K and V, head-major so that a head's keys are one stream: [n_head_kv, n_ctx, head_dim] of type
-// F32, F16 or Q8_0.
+// F32, F16 or Q8_0. Only the ops read it: a backend may order the elements of 16 positions of a head as it likes.
 struct KvLayer {
   void* k = nullptr;
   void* v = nullptr;
   DType type = DType::F16;
   int n_head_kv = 0;
   int head_dim = 0;
-  int n_ctx = 0;  // allocated positions
+  int n_ctx = 0;  // allocated positions, a multiple of 16
 };
 
 // Rows at positions pos0 .. pos0 + rows - 1.

@@ -4,8 +4,10 @@ namespace dflash {
 
 namespace {
 
+int whole_blocks(int n_ctx) { return (n_ctx + 15) / 16 * 16; }  // KvLayer::n_ctx
+
 size_t one_side(int n_head_kv, int head_dim, int n_ctx, DType type) {
-  return static_cast<size_t>(n_head_kv) * static_cast<size_t>(n_ctx) * row_bytes(type, head_dim);
+  return static_cast<size_t>(n_head_kv) * static_cast<size_t>(whole_blocks(n_ctx)) * row_bytes(type, head_dim);
 }
 
 }  // namespace
@@ -25,7 +27,7 @@ KvCache::KvCache(Backend& backend, int n_layer, int n_head_kv, int head_dim, int
     layer.type = type;
     layer.n_head_kv = n_head_kv;
     layer.head_dim = head_dim;
-    layer.n_ctx = n_ctx;
+    layer.n_ctx = whole_blocks(n_ctx);
     layers_.push_back(layer);
     bytes_ += 2 * side;
   }

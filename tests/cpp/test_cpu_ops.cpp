@@ -163,7 +163,7 @@ void attention_cases(std::vector<Case>& cases, Random& random) {
     shapes.push_back({4, 1, 64, 48, 510, 9, false, 256, QkNorm::per_head, kv});
   }
   for (const AttentionShape& s : shapes) {
-    const int end = s.pos0 + s.rows, n_ctx = end + 3, q_width = s.n_head * s.head_dim,
+    const int end = s.pos0 + s.rows, n_ctx = (end + 3 + 15) / 16 * 16, q_width = s.n_head * s.head_dim,
               kv_width = s.n_head_kv * s.head_dim;
     const auto history = std::make_shared<Floats>(random.floats(static_cast<size_t>(2 * s.pos0 * kv_width)));
     const auto q = std::make_shared<Floats>(random.floats(static_cast<size_t>(s.rows * q_width)));
@@ -461,6 +461,7 @@ void test_errors() {
   p.n_head = p.n_head_kv = 1;
   p.head_dim = 16;
   CHECK_THROWS(b->qkv_post(p, {2, 1}, f.data(), f.data(), f.data(), kv), "do not fit");
+  CHECK_THROWS(b->qkv_post(p, {2, 0}, f.data(), f.data(), f.data(), kv), "multiple of 16");
 }
 
 void test_pool() {

@@ -9,53 +9,78 @@
 
 namespace dflash::cpu {
 
-// cos and sin of position * inv_freq (the product in f32, as the reference implementations have it), once per step.
-void CpuBackend::update_rope(const QkvPost& p, Step step) {
+// cos and sin of position * inv_freq (the product in f32, as the reference implementations have it) for the rows of a
+// step. Target and drafter may rotate differently and verify meets positions again: a table for each, of the positions
+// seen last.
+const CpuBackend::RopeTable& CpuBackend::rope_table(const QkvPost& p, Step step) {
   const size_t half = static_cast<size_t>(p.n_rot / 2);
-  const bool same = rope_.pos0 == step.pos0 && rope_.rows == step.rows && rope_.scale == p.rope_scale &&
-                    rope_.inv_freq.size() == half &&
-                    std::memcmp(rope_.inv_freq.data(), p.inv_freq, half * sizeof(float)) == 0;
-  if (same) return;
-  rope_.inv_freq.assign(p.inv_freq, p.inv_freq + half);
-  rope_.pos0 = step.pos0;
-  rope_.rows = step.rows;
-  rope_.scale = p.rope_scale;
-  rope_.cos.resize(half * static_cast<size_t>(step.rows));
-  rope_.sin.resize(rope_.cos.size());
-  for (int r = 0; r < step.rows; ++r) {
+  const auto same = [&](const RopeTable& t) {
+    return t.scale == p.rope_scale && t.inv_freq.size() == half &&
+           std::memcmp(t.inv_freq.data(), p.inv_freq, half * sizeof(float)) == 0;
+  };
+  auto found = std::find_if(rope_.begin(), rope_.end(), same);
+  if (found == rope_.end()) {
+    RopeTable fresh;
+    fresh.inv_freq.assign(p.inv_freq, p.inv_freq + half);
+    fresh.scale = p.rope_scale;
+    found = rope_.insert(rope_.end(), std::move(fresh));
+  }
+  RopeTable& t = *found;
+  size_t positions = std::max<size_t>(t.position.size(), 1024);
+  while (positions < static_cast<size_t>(step.rows)) positions *= 2;
+  if (positions != t.position.size()) {
+    t.position.assign(positions, -1);
+    t.cos.resize(positions * half);
+    t.sin.resize(positions * half);
+  }
+  for (int pos = step.pos0; pos < step.pos0 + step.rows; ++pos) {
+    const size_t slot = t.slot(pos);
+    if (t.position[slot] == pos) continue;
+    t.position[slot] = pos;
     for (size_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(step.pos0 + r) * p.inv_freq[i];
-      rope_.cos[static_cast<size_t>(r) * half + i] =
-          static_cast<float>(std::cos(static_cast<double>(angle))) * p.rope_scale;
-      rope_.sin[static_cast<size_t>(r) * half + i] =
-          static_cast<float>(std::sin(static_cast<double>(angle))) * p.rope_scale;
+      const double angle = static_cast<double>(static_cast<float>(pos) * p.inv_freq[i]);
+      t.cos[slot * half + i] = static_cast<float>(std::cos(angle)) * p.rope_scale;
+      t.sin[slot * half + i] = static_cast<float>(std::sin(angle)) * p.rope_scale;
     }
   }
+  return t;
 }
 
 void CpuBackend::qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) {
   if (step.pos0 < 0 || step.pos0 + step.rows > kv.n_ctx) {
     fail("positions ", step.pos0, "..", step.pos0 + step.rows - 1, " do not fit a cache of ", kv.n_ctx);
   }
-  update_rope(p, step);
+  if (kv.n_ctx % kKeyBlock != 0) fail("a KV cache of ", kv.n_ctx, " positions: a multiple of ", kKeyBlock, " expected");
+  const RopeTable& rope = rope_table(p, step);
   const int half = p.n_rot / 2;
   const size_t row = row_bytes(kv.type, p.head_dim);
   const auto finish = [&](float* x, const float* norm, int heads, int64_t r) {
     const int64_t n = p.norm == QkNorm::whole ? static_cast<int64_t>(heads) * p.head_dim : p.head_dim;
     for (int64_t i = 0; i < heads * p.head_dim; i += n) k_.rms_norm(x + i, norm, p.eps, n, x + i);
-    const size_t at = static_cast<size_t>(r * half);
-    for (int h = 0; h < heads; ++h) k_.rotate(x + h * p.head_dim, rope_.cos.data() + at, rope_.sin.data() + at, half);
+    const size_t at = rope.slot(step.pos0 + static_cast<int>(r)) * static_cast<size_t>(half);
+    for (int h = 0; h < heads; ++h) k_.rotate(x + h * p.head_dim, rope.cos.data() + at, rope.sin.data() + at, half);
   };
   const int64_t q_width = static_cast<int64_t>(p.n_head) * p.head_dim,
                 kv_width = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
-  parallel(step.rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t r, int) {
-    if (q) finish(q + r * q_width, p.q_norm, p.n_head, r);
-    finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
-    for (int h = 0; h < p.n_head_kv; ++h) {
-      const size_t at = row * static_cast<size_t>(static_cast<int64_t>(h) * kv.n_ctx + step.pos0 + r);
-      const int64_t from = r * kv_width + static_cast<int64_t>(h) * p.head_dim;
-      k_.store_kv(kv.type, k + from, p.head_dim, static_cast<uint8_t*>(kv.k) + at);
-      k_.store_kv(kv.type, v + from, p.head_dim, static_cast<uint8_t*>(kv.v) + at);
+  // Key blocks first, each one item: rows of one block share cache lines. Then the rows' queries.
+  const int first_block = step.pos0 / kKeyBlock, blocks = (step.pos0 + step.rows - 1) / kKeyBlock - first_block + 1;
+  const int query_rows = q ? step.rows : 0;
+  parallel(blocks + query_rows, static_cast<size_t>(step.rows * (q_width + 2 * kv_width)) * 4, [&](int64_t item, int) {
+    if (item >= blocks) return finish(q + (item - blocks) * q_width, p.q_norm, p.n_head, item - blocks);
+    const int block = first_block + static_cast<int>(item);
+    const int begin = std::max(step.pos0, block * kKeyBlock);
+    const int end = std::min(step.pos0 + step.rows, (block + 1) * kKeyBlock);
+    for (int pos = begin; pos < end; ++pos) {
+      const int64_t r = pos - step.pos0;
+      finish(k + r * kv_width, p.k_norm, p.n_head_kv, r);
+      for (int h = 0; h < p.n_head_kv; ++h) {
+        const size_t head = row * static_cast<size_t>(h) * static_cast<size_t>(kv.n_ctx);
+        const int64_t from = r * kv_width + static_cast<int64_t>(h) * p.head_dim;
+        k_.store_key(kv.type, k + from, p.head_dim, pos % kKeyBlock,
+                     static_cast<uint8_t*>(kv.k) + head + row * static_cast<size_t>(block * kKeyBlock));
+        k_.store_value(kv.type, v + from, p.head_dim,
+                       static_cast<uint8_t*>(kv.v) + head + row * static_cast<size_t>(pos));
+      }
     }
   });
 }
@@ -77,12 +102,14 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
   };
 
   // An item is (KV head, span of chunks, block of rows). With one span the item finishes its rows itself; with more,
-  // the chunk results are kept and merged afterwards in the same order.
+  // which few items or long contexts need to fill all threads, the chunk results are kept and merged afterwards in the
+  // same order.
   const int first_chunk = visible(0).begin / kKvChunk, last_chunk = (end - 1) / kKvChunk;
   const int n_chunks = last_chunk - first_chunk + 1;
-  const int row_block = std::min(step.rows, 16), row_blocks = (step.rows + row_block - 1) / row_block;
+  const int row_block = std::min(step.rows, kMaxRows), row_blocks = (step.rows + row_block - 1) / row_block;
   const int64_t items = static_cast<int64_t>(a.n_head_kv) * row_blocks;
-  const int spans = items >= 4 * pool_.size() ? 1 : n_chunks;
+  const bool even = items % pool_.size() == 0 && n_chunks <= 8;
+  const int spans = items >= 4 * pool_.size() || even ? 1 : n_chunks;
   const int64_t result = 2 + a.head_dim;  // max, sum, acc of one head
   float* partial =
       spans > 1 ? partial_.get<float>(static_cast<size_t>(n_chunks * step.rows * a.n_head * result)) : nullptr;
@@ -92,11 +119,11 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
     const Range range = visible(r);
     return Range{std::max(range.begin, c * kKvChunk), std::min(range.end, (c + 1) * kKvChunk)};
   };
-  // Rows from r on, up to r1, that see the same part of chunk c and began to see keys in the same chunk.
+  // Rows from r on, up to r1, that see chunk c from the same key on and began to see keys in the same chunk.
   const auto alike = [&](int r, int r1, int c) {
-    const Range want = part(r, c);
     int n = 1;
-    while (r + n < r1 && part(r + n, c).begin == want.begin && part(r + n, c).end == want.end &&
+    if (part(r, c).begin >= part(r, c).end) return n;
+    while (r + n < r1 && part(r + n, c).begin == part(r, c).begin &&
            visible(r + n).begin / kKvChunk == visible(r).begin / kKvChunk) {
       ++n;
     }
@@ -106,8 +133,10 @@ void CpuBackend::attention(const Attention& a, Step step, const float* q, const 
   const auto chunk = [&](int kv_head, int r, int n, int c, float* state, int64_t state_stride, float* acc,
                          int64_t acc_stride) {
     AttentionChunk t;
+    int ends[kMaxRows];
+    for (int i = 0; i < n; ++i) ends[i] = part(r + i, c).end;
     t.begin = part(r, c).begin;
-    t.end = part(r, c).end;
+    t.end = ends;
     t.type = kv.type;
     t.k = static_cast<const uint8_t*>(kv.k) + head_bytes * static_cast<size_t>(kv_head);
     t.v = static_cast<const uint8_t*>(kv.v) + head_bytes * static_cast<size_t>(kv_head);

@@ -18,6 +18,7 @@ namespace dflash::cpu {
 namespace {
 
 constexpr size_t kHugeFrom = 4 << 20;  // larger buffers come from mmap with huge pages: fewer TLB misses when streamed
+constexpr size_t kArena = 32 << 20;    // smaller weights share huge pages of this much address space
 
 // Reproducible noise: splitmix64.
 struct Noise {
@@ -154,6 +155,21 @@ Buffer CpuBackend::alloc(size_t bytes) {
   return b;
 }
 
+Buffer CpuBackend::alloc_weight(size_t bytes) {
+  if (bytes >= kHugeFrom) return alloc(bytes);
+  const size_t padded = (bytes + 63) / 64 * 64;
+  if (!arena_.data || arena_used_ + padded > arena_.bytes) {
+    arena_ = alloc(kArena);  // pages that stay untouched cost nothing; the weights in it keep the last one alive
+    arena_used_ = 0;
+  }
+  Buffer b;
+  b.data = arena_.as<uint8_t>() + arena_used_;
+  b.bytes = bytes;
+  b.owner = arena_.owner;
+  arena_used_ += padded;
+  return b;
+}
+
 void CpuBackend::upload(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
 void CpuBackend::download(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
 
@@ -178,7 +194,7 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
 
   const int64_t panels = panels_of(t.n_out);
   const size_t panel = panel_bytes(w), row = row_bytes(t.type, t.n_in);
-  const Buffer packed = alloc(panel * static_cast<size_t>(panels * t.n_expert));
+  const Buffer packed = alloc_weight(panel * static_cast<size_t>(panels * t.n_expert));
   const uint8_t* rows = static_cast<const uint8_t*>(t.data);
   // Pieces of a few megabytes: read ahead of the one at hand, and let the mapping's pages behind it go, so that memory
   // is not held twice.

@@ -28,6 +28,11 @@ inline constexpr int kMaxTopK = 64;  // experts per token
 
 inline size_t panel_bytes(const Weight& w) { return panel_bytes(w.type, w.n_in); }  // of 16 output rows
 inline int64_t panels_of(int64_t n_out) { return (n_out + kPanel - 1) / kPanel; }
+// Where a panel lies; null when the rows are as in the GGUF.
+inline const uint8_t* panel_at(const Weight& w, int64_t expert, int64_t panel) {
+  if (w.layout != kPanelLayout) return nullptr;
+  return static_cast<const uint8_t*>(w.data) + panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
+}
 
 // Memory that grows and keeps its size; contents are lost when it grows.
 class Scratch {
@@ -105,16 +110,18 @@ class CpuBackend final : public Backend {
   }
   static constexpr size_t kSerialBytes = 48 << 10;  // about 2 us of work
 
+  Buffer alloc_weight(size_t bytes);
   bool int8_path(const Weight& w) const { return is_quantized(w.type) && !precise_; }
 
   // ---- cpu_matmul.cpp
   // Normalises (norm may be null) and quantises as the weights need. Valid until the next call.
   Activations prepare(const float* x, const float* norm, float eps, int rows, int64_t n, bool need_q);
-  // y[i * stride + o - 16 * panel] = w[expert, o] . x[rows[i]] for the output rows o of n_panels panels.
+  // y[i * stride + o - 16 * panel] = w[expert, o] . x[rows[i]] for the output rows o of n_panels panels. next: weights
+  // this thread will read afterwards (panel_at), or null.
   void multiply(const Weight& w, int64_t expert, int64_t panel, int n_panels, const Activations& x, RowSet rows,
-                float* y, int64_t stride, int thread);
+                float* y, int64_t stride, int thread, const uint8_t* next);
   void multiply_panels(const Weight& w, int64_t expert, int64_t panel, int n_panels, const Activations& x, RowSet rows,
-                       float* y, int64_t stride, int thread);
+                       float* y, int64_t stride, int thread, const uint8_t* next);
   void multiply_floats(const Weight& w, int64_t expert, int64_t panel, int n_panels, const Activations& x, RowSet rows,
                        float* y, int64_t stride, int thread);
   // A rectangle of one product.
@@ -125,6 +132,7 @@ class CpuBackend final : public Backend {
     int row, n_rows;
   };
   void make_tiles(const MatmulOut* outs, int n_outs, int rows);
+  const uint8_t* weights_after(size_t tile, const MatmulOut* outs) const;
 
   // ---- cpu_moe.cpp
   // Rows sent to experts, sorted by expert. A pair is (row, place in the row's own list): pair = row * top_k + place.
@@ -144,13 +152,22 @@ class CpuBackend final : public Backend {
   void run_experts(const Weight& gate, const Weight& up, const Weight& down, const Activations& h, int rows, float* x);
 
   // ---- cpu_attention.cpp
-  void update_rope(const QkvPost& p, Step step);
+  struct RopeTable {
+    std::vector<float> inv_freq, cos, sin;  // cos, sin [positions, n_rot / 2]
+    std::vector<int> position;              // of each slot; a power of two of them
+    float scale = 0.0f;
+
+    size_t slot(int pos) const { return static_cast<size_t>(pos) & (position.size() - 1); }
+  };
+  const RopeTable& rope_table(const QkvPost& p, Step step);
 
   ThreadPool pool_;
   const Kernels& k_;
   const bool precise_;
   const bool repack_;
   ExpertCount count_;
+  Buffer arena_;
+  size_t arena_used_ = 0;
 
   struct PerThread {
     Scratch panel, rows, out, gate_up, attention;
@@ -160,11 +177,7 @@ class CpuBackend final : public Backend {
   std::vector<Tile> tiles_;
   Routing routing_;
   std::vector<int> expert_rows_, expert_start_;
-  struct RopeTable {
-    std::vector<float> inv_freq, cos, sin;  // cos, sin [rows, n_rot / 2]
-    float scale = 0.0f;
-    int pos0 = -1, rows = 0;
-  } rope_;
+  std::vector<RopeTable> rope_;
 };
 
 }  // namespace cpu

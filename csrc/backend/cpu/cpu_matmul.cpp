@@ -42,26 +42,24 @@ Activations CpuBackend::prepare(const float* x, const float* norm, float eps, in
 }
 
 void CpuBackend::multiply(const Weight& w, int64_t expert, int64_t panel, int n_panels, const Activations& x,
-                          RowSet rows, float* y, int64_t stride, int thread) {
+                          RowSet rows, float* y, int64_t stride, int thread, const uint8_t* next) {
   if (int8_path(w)) {
-    multiply_panels(w, expert, panel, n_panels, x, rows, y, stride, thread);
+    multiply_panels(w, expert, panel, n_panels, x, rows, y, stride, thread, next);
   } else {
     multiply_floats(w, expert, panel, n_panels, x, rows, y, stride, thread);
   }
 }
 
 void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel, int n_panels, const Activations& x,
-                                 RowSet rows, float* y, int64_t stride, int thread) {
+                                 RowSet rows, float* y, int64_t stride, int thread, const uint8_t* next) {
   const int64_t n_groups = w.n_in / 32, first_row = panel * kPanel;
   const size_t bytes = panel_bytes(w);
   const int whole = static_cast<int>(std::min<int64_t>(n_panels, (w.n_out - first_row) / kPanel));
   const uint8_t* data = static_cast<const uint8_t*>(w.data);
-  const bool packed = w.layout == kPanelLayout;
-  if (packed) data += bytes * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
 
   const ActBlock* a[kMaxRows];
   float* out[kMaxRows];
-  const auto run = [&](const uint8_t* panels, int first, int count) {  // count panels
+  const auto run = [&](const uint8_t* panels, int first, int count, const uint8_t* after) {  // count panels
     const int64_t valid = std::min<int64_t>(kPanel, w.n_out - first_row - first * kPanel);
     for (int r = 0; r < rows.count; r += k_.panel_rows) {
       const int m = std::min(k_.panel_rows, rows.count - r);
@@ -70,7 +68,7 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
         a[i] = x.q + rows[r + i] * n_groups;
         out[i] = valid < kPanel ? edge[i] : y + (r + i) * stride + first * kPanel;
       }
-      k_.panels(w.type, panels, count, n_groups, a, m, out);
+      k_.panels(w.type, panels, count, n_groups, a, m, out, r + m < rows.count ? panels : after);
       if (valid < kPanel) {
         for (int i = 0; i < m; ++i) {
           std::memcpy(y + (r + i) * stride + first * kPanel, edge[i], static_cast<size_t>(valid) * sizeof(float));
@@ -79,9 +77,10 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
     }
   };
 
-  if (packed) {
-    if (whole > 0) run(data, 0, whole);
-    if (whole < n_panels) run(data + bytes * static_cast<size_t>(whole), whole, 1);
+  if (const uint8_t* packed = panel_at(w, expert, panel)) {
+    const uint8_t* edge = packed + bytes * static_cast<size_t>(whole);
+    if (whole > 0) run(packed, 0, whole, whole < n_panels ? edge : next);
+    if (whole < n_panels) run(edge, whole, 1, next);
     return;
   }
   uint8_t* scratch = thread_[static_cast<size_t>(thread)].panel.get<uint8_t>(bytes);
@@ -90,7 +89,7 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
     const int64_t first = first_row + p * kPanel;
     const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, w.n_out - first));
     k_.pack_panel(w.type, data + row * static_cast<size_t>(expert * w.n_out + first), n_rows, n_groups, scratch);
-    run(scratch, p, 1);
+    run(scratch, p, 1, scratch);
   }
 }
 
@@ -148,6 +147,12 @@ void CpuBackend::make_tiles(const MatmulOut* outs, int n_outs, int rows) {
   }
 }
 
+const uint8_t* CpuBackend::weights_after(size_t tile, const MatmulOut* outs) const {
+  if (tile + 1 == tiles_.size()) return nullptr;
+  const Tile& t = tiles_[tile + 1];
+  return panel_at(*outs[t.out].w, 0, t.panel);
+}
+
 void CpuBackend::norm_matmul(const float* x, const float* norm, float eps, int rows, const MatmulOut* outs,
                              int n_outs) {
   bool need_q = false;
@@ -162,7 +167,8 @@ void CpuBackend::norm_matmul(const float* x, const float* norm, float eps, int r
     const Tile& t = tiles_[static_cast<size_t>(i)];
     const MatmulOut& out = outs[t.out];
     multiply(*out.w, 0, t.panel, t.n_panels, a, {nullptr, t.row, t.n_rows},
-             out.y + t.row * out.w->n_out + t.panel * kPanel, out.w->n_out, thread);
+             out.y + t.row * out.w->n_out + t.panel * kPanel, out.w->n_out, thread,
+             weights_after(static_cast<size_t>(i), outs));
   });
 }
 
@@ -174,7 +180,8 @@ void CpuBackend::matmul_add(const Weight& w, const float* x, int rows, float* y)
     const Tile& t = tiles_[static_cast<size_t>(i)];
     const int64_t width = t.n_panels * kPanel, valid = std::min(width, w.n_out - t.panel * kPanel);
     float* out = thread_[static_cast<size_t>(thread)].out.get<float>(static_cast<size_t>(t.n_rows * width));
-    multiply(w, 0, t.panel, t.n_panels, a, {nullptr, t.row, t.n_rows}, out, width, thread);
+    multiply(w, 0, t.panel, t.n_panels, a, {nullptr, t.row, t.n_rows}, out, width, thread,
+             weights_after(static_cast<size_t>(i), &product));
     for (int r = 0; r < t.n_rows; ++r) k_.add(out + r * width, valid, y + (t.row + r) * w.n_out + t.panel * kPanel);
   });
 }

@@ -17,7 +17,8 @@ void CpuBackend::route(const Moe& m, const Activations& h) {
            [&](int64_t i, int thread) {
              const Tile& t = tiles_[static_cast<size_t>(i)];
              multiply(*m.router, 0, t.panel, t.n_panels, h, {nullptr, t.row, t.n_rows},
-                      logits + t.row * n_expert + t.panel * kPanel, n_expert, thread);
+                      logits + t.row * n_expert + t.panel * kPanel, n_expert, thread,
+                      weights_after(static_cast<size_t>(i), &product));
            });
 
   // Per row: sigmoid, choice by s + bias (ties: lowest id), weights s / sum of the chosen s.
@@ -92,6 +93,9 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
   const int64_t blocks = (n_ff + 31) / 32, step = std::min<int64_t>(4, std::max<int64_t>(1, share / block_bytes));
   const int64_t steps = (blocks + step - 1) / step;
   const int64_t n_experts = static_cast<int64_t>(routing_.experts.size());
+  const auto gate_at = [&](int64_t item) {
+    return panel_at(gate, routing_.experts[static_cast<size_t>(item / steps)].id, item % steps * step * 32 / kPanel);
+  };
   parallel(n_experts * steps, total * static_cast<size_t>(std::max<int64_t>(1, n_pairs / n_experts)),
            [&](int64_t item, int thread) {
              const Routing::Expert& e = routing_.experts[static_cast<size_t>(item / steps)];
@@ -101,11 +105,13 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
              float* g =
                  thread_[static_cast<size_t>(thread)].gate_up.get<float>(static_cast<size_t>(2 * kMaxRows * stride));
              float* u = g + kMaxRows * stride;
+             const int64_t panel = first / kPanel;
+             const uint8_t* next = item + 1 < n_experts * steps ? gate_at(item + 1) : nullptr;
              for (int r = 0; r < e.count; r += kMaxRows) {
                const int m = std::min(kMaxRows, e.count - r);
                const RowSet set{routing_.rows.data() + e.first + r, 0, m};
-               multiply(gate, e.id, first / kPanel, n_panels, h, set, g, stride, thread);
-               multiply(up, e.id, first / kPanel, n_panels, h, set, u, stride, thread);
+               multiply(gate, e.id, panel, n_panels, h, set, g, stride, thread, panel_at(up, e.id, panel));
+               multiply(up, e.id, panel, n_panels, h, set, u, stride, thread, next);
                for (int i = 0; i < m; ++i) {
                  const int64_t pair = routing_.pairs[static_cast<size_t>(e.first + r + i)];
                  float* out = quantise ? g + i * stride : hidden + pair * n_ff + first;
@@ -131,8 +137,13 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
              const int n_panels = static_cast<int>(std::min(down_step, panels - first));
              const int64_t stride = n_panels * kPanel, valid = std::min(stride, n_embd - first * kPanel);
              float* out = thread_[static_cast<size_t>(thread)].out.get<float>(static_cast<size_t>(e.count * stride));
-             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride,
-                      thread);
+             const int64_t after = item + 1;
+             const uint8_t* next = after == n_experts * down_steps
+                                       ? nullptr
+                                       : panel_at(down, routing_.experts[static_cast<size_t>(after / down_steps)].id,
+                                                  after % down_steps * down_step);
+             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride, thread,
+                      next);
              for (int i = 0; i < e.count; ++i) {
                const int64_t pair = routing_.pairs[static_cast<size_t>(e.first + i)];
                std::memcpy(pair_out + pair * n_embd + first * kPanel, out + i * stride,

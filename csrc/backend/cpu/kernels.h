@@ -4,10 +4,12 @@
 //    groups in order (Q4_1 adds acc = fma(m, da * float(sum of activations), acc));
 //  * float dot products: 16 lanes, lane j takes elements j, j + 16, ... by fma, then the tree
 //    (j, j + 8), (j, j + 4), (j, j + 2), (j, j + 1);
+//  * attention scores: one fma per dim in order; values: one fma per position in order;
 //  * everything else: the same f32 operations in the same order (kernels.inc, compiled once per instruction set).
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "quant/dtype.h"
 
@@ -37,10 +39,16 @@ constexpr size_t panel_bytes(DType type, int64_t n_in) {
   return static_cast<size_t>(kPanel) * row_bytes(type, is_quantized(type) ? n_in : (n_in + 15) / 16 * 16);
 }
 
-// The query heads of one KV head, for some rows that all see the keys [begin, end) of one chunk.
+// Keys are cached in blocks of 16 positions, so that one vector lane is one key and scores need no horizontal sums.
+//   F32, F16: dim i of position j at element 16 i + j of the block
+//   Q8_0: per 32 dims: f16 d[16], then byte 16 i + j
+// Values are cached as rows.
+inline constexpr int kKeyBlock = 16;
+
+// The query heads of one KV head, for some rows. Row r sees the keys [begin, end[r]) of one chunk; end does not fall.
 struct AttentionChunk {
   DType type = DType::F16;
-  const uint8_t* k = nullptr;  // position 0 of this KV head
+  const uint8_t* k = nullptr;  // position 0 of this KV head, key blocks
   const uint8_t* v = nullptr;
   const float* q = nullptr;  // row r, head h: q + r * q_stride + h * head_dim
   int64_t q_stride = 0;
@@ -48,7 +56,8 @@ struct AttentionChunk {
   int n_head = 0;    // query heads sharing this KV head
   int head_dim = 0;  // multiple of 16
   float scale = 0.0f;
-  int begin = 0, end = 0;
+  int begin = 0;
+  const int* end = nullptr;  // [n_rows]
   // Results per row and head: max score, sum of exp(score - max), sum of exp(score - max) * v.
   float* max = nullptr;  // max + r * state_stride + h
   float* sum = nullptr;  // sum + r * state_stride + h
@@ -63,9 +72,10 @@ struct Kernels {
 
   // y[i] of n elements in blocks of 32; n is a multiple of 32.
   void (*quantize)(const float* x, int64_t n, ActBlock* y);
-  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations.
+  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations. next: the weights that will
+  // be read after these (null: what follows them), fetched towards the end.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                 float* const* y);
+                 float* const* y, const uint8_t* next);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
   void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
   // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows: GGUF rows, or the rows of panels.
@@ -80,7 +90,8 @@ struct Kernels {
   void (*add)(const float* x, int64_t n, float* y);                                         // y += x
   void (*weighted_sum)(const float* w, const float* const* x, int k, int64_t n, float* y);  // y += sum w[i] x[i]
   void (*rotate)(float* x, const float* cos, const float* sin, int half);                   // NEOX pairs (i, i + half)
-  void (*store_kv)(DType type, const float* x, int64_t n, uint8_t* y);
+  void (*store_key)(DType type, const float* x, int64_t n, int lane, uint8_t* block);  // position lane of a key block
+  void (*store_value)(DType type, const float* x, int64_t n, uint8_t* y);
   void (*attention_chunk)(const AttentionChunk& a);
   // Adds a chunk's result (max, sum, acc) to a running one.
   void (*attention_merge)(float* max, float* sum, float* acc, float chunk_max, float chunk_sum, const float* chunk_acc,

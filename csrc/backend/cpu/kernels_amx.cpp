@@ -128,8 +128,8 @@ void amx_panels_t(const uint8_t* w, int n_panels, int64_t n_groups, const ActBlo
 }
 
 void amx_panels(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                float* const* y) {
-  if (m < kAmxFrom) return panels(type, w, n_panels, n_groups, x, m, y);
+                float* const* y, const uint8_t* next) {
+  if (m < kAmxFrom) return panels(type, w, n_panels, n_groups, x, m, y, next);
   switch (type) {
     case DType::Q4_0:
       return amx_panels_t<DType::Q4_0>(w, n_panels, n_groups, x, m, y);
