@@ -31,7 +31,8 @@ inline int64_t panels_of(int64_t n_out) { return (n_out + kPanel - 1) / kPanel; 
 // Where a panel lies; null when the rows are as in the GGUF.
 inline const uint8_t* panel_at(const Weight& w, int64_t expert, int64_t panel) {
   if (w.layout != kPanelLayout) return nullptr;
-  return static_cast<const uint8_t*>(w.data) + panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
+  return static_cast<const uint8_t*>(w.data) +
+         panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
 }
 
 // Memory that grows and keeps its size; contents are lost when it grows.
