@@ -4,8 +4,8 @@
 // --slab: two layers of full MiniMax-M2.7 shape, Q4_0, vocabulary 8192, random weights. Prints, tab separated:
 //   what rows microseconds(median) microseconds(fastest tenth) bytes(read once: attention, distinct experts, router,
 //   head)
-// --ops: with the time of each op below. --paired: instead, steps of each width between two reads of memory, in turn, 60
-// ms each, since the bandwidth of a shared host swings. Prints, tab separated, medians over the rounds:
+// --ops: with the time of each op below. --paired: instead, steps of each width between two reads of memory, in turn,
+// 60 ms each, since the bandwidth of a shared host swings. Prints, tab separated, medians over the rounds:
 //   paired rows GB/s(step) GB/s(reads beside it) share share(lower quartile) share(upper quartile)
 //   time / (bytes at the one-row rate of the same round)
 
@@ -21,9 +21,9 @@
 #include <vector>
 
 #include "core/error.h"
+#include "m27.h"
 #include "model/dflash_drafter.h"
 #include "model/minimax_m2.h"
-#include "m27.h"
 #include "read_bandwidth.h"
 #include "timed_backend.h"
 

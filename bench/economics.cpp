@@ -1,7 +1,7 @@
 // Does drafting pay on the full MiniMax-M2.7 shape? Synthetic weights, imposed acceptance (by default the one on the
-// card of MirecX/MiniMax-M2.7-L3H5-DFlash), the real engine: plain decoding, every fixed depth and the policy in turn,
-// round after round. Prints tokens per second, the measured costs, the distinct experts of each width and what a depth
-// needs to break even.
+// card of MirecX/MiniMax-M2.7-L3H5-DFlash), the real engine: plain decoding, every fixed depth and the policy (with
+// confidences that tell nothing, something, much) in turn, round after round. Prints tokens per second, the measured
+// costs, the distinct experts of each width and what a depth needs to break even.
 //
 //   economics [--backend cpu|hip] [--layers 62] [--vocab 200064] [--tokens 128] [--rounds 5] [--accept .638,.373,...]
 //   [--gain G]
@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -79,10 +79,19 @@ DrafterConfig l3h5(const TargetConfig& target) {
   return c;
 }
 
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v.empty() ? 0.0 : v[v.size() / 2];
-}
+constexpr int kDeepest = 4;  // fixed depths tried
+
+struct Arm {
+  std::string name;
+  int depth = 0;
+  double spread = 0.0;
+  std::unique_ptr<Session> session{};
+  Stats total{16};       // the drafter's block size
+  double rate() const {  // tokens a second of the rounds
+    const double seconds = total.draft_seconds + total.verify_seconds + total.sample_seconds + total.ingest_seconds;
+    return static_cast<double>(total.steps + total.accepted) / seconds;
+  }
+};
 
 }  // namespace
 
@@ -99,23 +108,27 @@ int main(int argc, char** argv) try {
   std::printf("%s; %d layers, %.2f GB read for one token, drafter %.2f GB\n", model->backend->describe().c_str(),
               o.layers, static_cast<double>(model->target->bytes_per_token()) * 1e-9,
               static_cast<double>(model->drafter->weight_bytes() + model->target->head().bytes()) * 1e-9);
-  SessionOptions session_options;
-  session_options.n_ctx = 256 + o.tokens + 16;
-  Session session(model, session_options);
   std::vector<int32_t> prompt;
   for (int i = 0; i < 256; ++i)
     prompt.push_back(static_cast<int32_t>(uniform_at(5, static_cast<uint64_t>(i)) * o.vocab));
 
-  const std::vector<int> depths{0, 1, 2, 3, 4, -1};
-  std::map<int, std::vector<double>> rates;
+  // Every arm a session of its own, as a user's would be: the policy learns from its own rounds alone.
+  SessionOptions session_options;
+  session_options.n_ctx = 256 + o.tokens + 16;
+  std::vector<Arm> arms;
+  for (int depth = 0; depth <= kDeepest; ++depth) arms.push_back({std::to_string(depth), depth, 0.0});
+  for (const double spread : {0.0, 0.3, 0.6}) arms.push_back({cat("auto, spread ", spread), -1, spread});
+  for (Arm& arm : arms) arm.session = std::make_unique<Session>(model, session_options);
   for (int round = -1; round < o.rounds; ++round) {  // round -1 warms up and teaches the policy
-    for (const int depth : depths) {
+    for (Arm& arm : arms) {
+      Session& session = *arm.session;
       session.rewind(0);
       GenerateParams p;
       p.max_tokens = o.tokens;
-      p.depth = depth;
+      p.depth = arm.depth;
       p.lookup = false;
       p.simulate_accept = o.accept;
+      p.simulate_spread = arm.spread;
       p.sampling.seed = static_cast<uint64_t>(round + 1);
       session.begin(prompt, p);
       while (session.prefill() < static_cast<int>(prompt.size())) {
@@ -123,31 +136,38 @@ int main(int argc, char** argv) try {
       session.step();
       const char* stop = nullptr;
       while (stop == nullptr) stop = session.step().stop;
-      const Stats& s = session.stats();
-      const double seconds = s.draft_seconds + s.verify_seconds + s.sample_seconds + s.ingest_seconds;
-      if (round >= 0) rates[depth].push_back(static_cast<double>(s.generated_tokens - 1) / seconds);
+      if (round >= 0) arm.total.add(session.stats());
     }
   }
 
-  const Stats all = session.session_stats();
+  Stats all(model->block_size());
+  for (const Arm& arm : arms) all.add(arm.total);
   const auto cost = [](const Tally& t) { return t.calls > 0 ? t.seconds / static_cast<double>(t.calls) * 1e3 : 0.0; };
   std::printf("\nwidth  verify ms  / one row  distinct experts a layer\n");
-  for (size_t w = 1; w <= 5; ++w) {
+  for (size_t w = 1; w <= kDeepest + 1; ++w) {
     const double experts = static_cast<double>(all.experts_by_width[w]) /
                            static_cast<double>(std::max<int64_t>(all.expert_calls_by_width[w], 1));
     std::printf("%5zu %10.3f %10.3f %25.1f\n", w, cost(all.verify_by_width[w]),
                 cost(all.verify_by_width[w]) / cost(all.verify_by_width[1]), experts);
   }
-  std::printf("\ndepth   tokens/s (min .. max)      / plain   break-even mean accepted drafts\n");
-  const double plain = median(rates[0]);
-  for (const int depth : depths) {
-    const std::vector<double>& r = rates[depth];
-    std::printf("%5s %9.2f (%.2f .. %.2f) %10.3f", depth < 0 ? "auto" : std::to_string(depth).c_str(), median(r),
-                *std::min_element(r.begin(), r.end()), *std::max_element(r.begin(), r.end()), median(r) / plain);
-    if (depth > 0) {
-      const size_t n = static_cast<size_t>(depth);
+  // The imposed chances come true only on average: "expected" is the same speed with the chances themselves and the
+  // measured costs, free of that luck.
+  std::printf("\ndepth               tokens/s   / plain   expected   accepted a round   break-even\n");
+  const double plain = cost(all.verify_by_width[1]);
+  for (const Arm& arm : arms) {
+    const Stats& s = arm.total;
+    std::printf("%-18s %9.2f %9.3f", arm.name.c_str(), arm.rate(), arm.rate() / arms[0].rate());
+    if (arm.depth > 0) {
+      const size_t n = static_cast<size_t>(arm.depth);
       const double round_ms = cost(all.verify_by_width[n + 1]) + cost(all.draft_by_count[n]);
-      std::printf("   %.2f", round_ms / cost(all.verify_by_width[1]) - 1.0);
+      double expected = 1.0, reach = 1.0;
+      GenerateParams p;
+      p.simulate_accept = o.accept;
+      for (size_t i = 0; i < n; ++i) expected += reach *= p.simulated_chance(i);
+      std::printf(" %10.3f %18.2f %12.2f", expected * plain / round_ms,
+                  static_cast<double>(s.accepted) / static_cast<double>(s.steps), round_ms / plain - 1.0);
+    } else {
+      std::printf(" %10s %18.2f", "", static_cast<double>(s.accepted) / static_cast<double>(s.steps));
     }
     std::printf("\n");
   }

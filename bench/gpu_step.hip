@@ -2,7 +2,8 @@
 // of decode, verify, draft and prefill. Bytes are those that must be read: attention, router and head weights, each
 // distinct expert once, the KV cache. The ceiling is a device-to-device copy measured in the same run.
 //
-// gpu_step [layers] [eager]   (62 layers need 122 GiB; eager: no recorded steps, for profilers)
+// gpu_step [layers] [eager] [decode | prefill]   (62 layers need 122 GiB; eager: no recorded steps, for profilers;
+// decode, prefill: that alone)
 
 #include <algorithm>
 #include <chrono>
@@ -38,12 +39,12 @@ struct DraftLayer {
   Buffer kc, vc;
 };
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class Bench {
  public:
+  enum class Mode { all, decode, prefill };
+
   Bench(int layers, bool eager) : b_(make_hip_backend(BackendOptions())), eager_(eager) {
     s_.n_layer = layers;
     std::printf("%s\n", b_->describe().c_str());
@@ -52,18 +53,27 @@ class Bench {
     build();
   }
 
-  void run() {
+  void run(Mode mode) {
     std::printf("%-26s %9s %9s %8s %7s %s\n", "what", "ms", "GB", "GB/s", "share", "notes");
+    if (mode == Mode::prefill) {
+      prefills();
+      return;
+    }
     for (int kv : {128, 2048}) decode(1, kv);
     for (int w : {2, 3, 4, 5, 8, 16}) decode(w, 128);
     draft();
-    for (int rows : {512, 2048}) prefill(rows);
+    if (mode != Mode::decode) prefills();
     parts();
   }
 
  private:
   static constexpr int kCtx = 4096;
   static constexpr int kMaxRows = 2048;
+  struct Part {
+    const char* name;
+    int mask;
+  };
+  static constexpr Part kParts[] = {{"norm+qkv", 1}, {"attention, its norm", 6}, {"output proj", 8}, {"moe", 16}};
 
   void sync() {
     int32_t dummy;
@@ -97,7 +107,9 @@ class Bench {
     const double t = now();
     const int q = s_.n_head * s_.head_dim, kv = s_.n_head_kv * s_.head_dim;
     uint64_t seed = 1;
-    auto w = [&](DType type, int64_t n_in, int64_t n_out, int64_t e = 1) { return b_->random_weight(type, n_in, n_out, e, ++seed); };
+    auto w = [&](DType type, int64_t n_in, int64_t n_out, int64_t e = 1) {
+      return b_->random_weight(type, n_in, n_out, e, ++seed);
+    };
     const size_t side = static_cast<size_t>(kv) * kCtx * 2;
     auto cache = [&] {
       Buffer c = b_->alloc(side);
@@ -249,7 +261,8 @@ class Bench {
 
   void line(const char* what, double seconds, double bytes, const char* notes = "") {
     const double rate = bytes / seconds * 1e-9;
-    std::printf("%-26s %9.4f %9.4f %8.0f %6.1f%% %s\n", what, seconds * 1e3, bytes * 1e-9, rate, 100.0 * rate / copy_gbps_, notes);
+    std::printf("%-26s %9.4f %9.4f %8.0f %6.1f%% %s\n", what, seconds * 1e3, bytes * 1e-9, rate,
+                100.0 * rate / copy_gbps_, notes);
     std::fflush(stdout);
   }
 
@@ -280,7 +293,8 @@ class Bench {
     const Backend::ExpertCount c = b_->take_expert_count();
     const double distinct = static_cast<double>(c.distinct) / static_cast<double>(c.calls);
     const double kv = 2.0 * s_.n_head_kv * s_.head_dim * 2.0 * (pos0 + rows);
-    const double bytes = s_.n_layer * (layer_bytes() + distinct * expert_bytes() + kv) + static_cast<double>(head_.bytes());
+    const double bytes =
+        s_.n_layer * (layer_bytes() + distinct * expert_bytes() + kv) + static_cast<double>(head_.bytes());
     if (rows == 1 && pos0 == 128) {
       t1_ = t;
       bytes1_ = bytes;
@@ -345,11 +359,50 @@ class Bench {
     const double t = median(40, one);
     double bytes = static_cast<double>(fc_.bytes() + head_.bytes());
     for (const DraftLayer& l : draft_layers_) {
-      bytes += static_cast<double>(l.q.bytes() + 2 * (l.k.bytes() + l.v.bytes()) + l.o.bytes() + l.gate.bytes() + l.up.bytes() + l.down.bytes());
+      bytes += static_cast<double>(l.q.bytes() + 2 * (l.k.bytes() + l.v.bytes()) + l.o.bytes() + l.gate.bytes() +
+                                   l.up.bytes() + l.down.bytes());
     }
     char notes[96];
     std::snprintf(notes, sizeof(notes), "%.1f%% of a one-row step of this many layers", 100.0 * t / t1_);
     line("draft 4 slots, ingest 2", t, bytes, notes);
+  }
+
+  void prefills() {
+    for (int rows : {512, 2048}) prefill(rows);
+    for (int rows : {512, 2048}) prefill_parts(rows);
+  }
+
+  // One kind of op over all layers: time per layer and rate of matrix work (of a score and a value product for
+  // attention).
+  void prefill_parts(int rows) {
+    const Step st{rows, 0};
+    const double per_weight = 2.0 * rows * 32.0 / 18.0;  // Q4_0: 18 bytes for 32 weights
+    const double pairs = 0.5 * rows * (rows + 1.0);
+    for (const Part& p : kParts) {
+      random_tokens(rows);
+      embed(rows);
+      (void)b_->take_expert_count();
+      auto one = [&] {
+        for (const Layer& l : layers_) {
+          if (p.mask == 16) {
+            moe_ops(l, rows);
+          } else {
+            attention_ops(l, st, p.mask);
+          }
+        }
+        sync();
+      };
+      const double t = median(9, one) / s_.n_layer;
+      const Layer& l = layers_[0];
+      const double flop = p.mask == 1    ? per_weight * static_cast<double>(l.q.bytes() + l.k.bytes() + l.v.bytes())
+                          : p.mask == 4  ? 4.0 * pairs * s_.n_head * s_.head_dim
+                          : p.mask == 8  ? per_weight * static_cast<double>(l.o.bytes())
+                          : p.mask == 16 ? per_weight * s_.top_k * expert_bytes()
+                                         : 0.0;
+      const Backend::ExpertCount c = b_->take_expert_count();
+      std::printf("prefill %4d %-20s %8.4f ms %7.1f TFLOP/s %6.1f distinct experts\n", rows, p.name, t * 1e3,
+                  flop / t * 1e-12, c.calls > 0 ? static_cast<double>(c.distinct) / static_cast<double>(c.calls) : 0.0);
+    }
   }
 
   void prefill(int rows) {
@@ -365,19 +418,16 @@ class Bench {
     const double params = s_.n_layer * (attn + s_.top_k * expert_bytes()) / 18.0 * 32.0;
     char what[64], notes[128];
     std::snprintf(what, sizeof(what), "prefill %d", rows);
-    std::snprintf(notes, sizeof(notes), "%.0f tokens/s, %.1f TFLOP/s of matrix work", rows / t, 2e-12 * params * rows / t);
+    std::snprintf(notes, sizeof(notes), "%.0f tokens/s, %.1f TFLOP/s of matrix work", rows / t,
+                  2e-12 * params * rows / t);
     line(what, t, s_.n_layer * (layer_bytes() + s_.n_expert * expert_bytes()), notes);
   }
 
   // One kind of op over all layers, as a recorded step: time per layer, launch gaps included.
   void parts() {
-    struct Part {
-      const char* name;
-      int mask;
-    };
     for (int rows : {1, 2, 5, 8}) {
       const Step st{rows, 128};
-      for (const Part& p : {Part{"norm+qkv", 1}, Part{"qk norm, rope, store", 2}, Part{"attention", 4}, Part{"output proj", 8}, Part{"moe", 16}}) {
+      for (const Part& p : kParts) {
         (void)b_->take_expert_count();
         random_tokens(rows);
         embed(rows);
@@ -397,9 +447,9 @@ class Bench {
         const Backend::ExpertCount c = b_->take_expert_count();
         const Layer& l = layers_[0];
         const double distinct = c.calls > 0 ? static_cast<double>(c.distinct) / static_cast<double>(c.calls) : 0.0;
-        const double bytes = p.mask == 1   ? static_cast<double>(l.q.bytes() + l.k.bytes() + l.v.bytes())
-                             : p.mask == 8 ? static_cast<double>(l.o.bytes())
-                             : p.mask == 4 ? 4.0 * 1024 * (128 + rows)
+        const double bytes = p.mask == 1    ? static_cast<double>(l.q.bytes() + l.k.bytes() + l.v.bytes())
+                             : p.mask == 8  ? static_cast<double>(l.o.bytes())
+                             : p.mask == 6  ? 4.0 * 1024 * (128 + rows)
                              : p.mask == 16 ? static_cast<double>(l.router.bytes()) + distinct * expert_bytes()
                                             : 0.0;
         char what[64];
@@ -436,7 +486,14 @@ class Bench {
 int main(int argc, char** argv) {
   try {
     const int layers = argc > 1 ? std::atoi(argv[1]) : 62;
-    dflash::Bench(layers, argc > 2 && std::strcmp(argv[2], "eager") == 0).run();
+    bool eager = false;
+    auto mode = dflash::Bench::Mode::all;
+    for (int i = 2; i < argc; ++i) {
+      eager = eager || std::strcmp(argv[i], "eager") == 0;
+      if (std::strcmp(argv[i], "decode") == 0) mode = dflash::Bench::Mode::decode;
+      if (std::strcmp(argv[i], "prefill") == 0) mode = dflash::Bench::Mode::prefill;
+    }
+    dflash::Bench(layers, eager).run(mode);
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n", e.what());
     return 1;

@@ -320,7 +320,8 @@ void bind_model(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
       .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
                        int n_threads, bool precise, const std::string& cpu_isa, bool repack, const py::object& progress,
-                       int tap_shift, std::optional<int32_t> mask_token_id) {
+                       int tap_shift, std::optional<int32_t> mask_token_id, std::optional<int> n_ctx,
+                       const std::string& kv_type, int n_batch) {
              BackendOptions options;
              options.name = backend;
              options.n_threads = n_threads;
@@ -329,12 +330,17 @@ void bind_model(py::module_& m) {
              options.repack = repack;
              const Progress report = wrap_progress(progress);
              const DrafterOverrides overrides{tap_shift, mask_token_id.value_or(-1)};
+             SessionOptions planned;
+             planned.n_ctx = n_ctx.value_or(0);
+             planned.kv_type = kv_type;
+             planned.n_batch = n_batch;
              py::gil_scoped_release release;
-             return Model::load(target, drafter.value_or(""), options, report, overrides);
+             return Model::load(target, drafter.value_or(""), options, report, overrides, n_ctx ? &planned : nullptr);
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,
-           py::arg("progress") = py::none(), py::arg("tap_shift") = 0, py::arg("mask_token_id") = py::none())
+           py::arg("progress") = py::none(), py::arg("tap_shift") = 0, py::arg("mask_token_id") = py::none(),
+           py::arg("n_ctx") = py::none(), py::arg("kv_type") = "auto", py::arg("n_batch") = 512)
       .def_static(
           "synthetic",
           [](const py::dict& target, const py::object& drafter, const std::string& matrices, const std::string& head,
@@ -363,6 +369,7 @@ void bind_model(py::module_& m) {
                              })
       .def_property_readonly("backend", [](const Model& model) { return model.backend->name(); })
       .def_property_readonly("backend_description", [](const Model& model) { return model.backend->describe(); })
+      .def_property_readonly("memory_warning", [](const Model& model) { return model.memory_warning; })
       .def_property_readonly("n_threads", [](const Model& model) { return model.backend->n_threads(); });
 }
 

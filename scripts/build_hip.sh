@@ -48,7 +48,7 @@ fi
 
 cmake -S . -B "$build" -DDFLASH_GPU=hip -DDFLASH_GPU_ARCH="$arch" -DDFLASH_HIP_COMPILER="$(command -v clang++-$llvm)" \
       -DDFLASH_HIP_DEVICE_LIBS="$libs" -DDFLASH_PYTHON="${DFLASH_PYTHON:-OFF}" -DDFLASH_TESTS=ON >"$build/configure.log"
-cmake --build "$build" --target gpu_test_ops --parallel "$(nproc)"
+cmake --build "$build" --target gpu_test_ops gpu_test_driver_errors --parallel "$(nproc)"
 
 # One device-only compile of each source for the table.
 table=$build/kernels.txt
@@ -56,7 +56,7 @@ table=$build/kernels.txt
 for source in csrc/backend/hip/*.hip; do
   object=$build/$(basename "$source" .hip).co
   clang++-$llvm -x hip -std=c++17 -O3 -D__HIP_PLATFORM_AMD__ -DDFLASH_GPU_HIP -ffp-contract=off -fno-math-errno \
-    --offload-arch="$arch" --rocm-device-lib-path="$libs" -mcode-object-version=5 -Icsrc --cuda-device-only \
+    --offload-arch="$arch" --rocm-device-lib-path="$libs" -mcode-object-version=5 -Icsrc -DDFLASH_GPU_ARCHS="\"$arch\"" --cuda-device-only \
     --no-gpu-bundle-output "$source" -o "$object"
   llvm-readelf-$llvm --notes "$object" >> "$table"
 done
@@ -94,4 +94,10 @@ for r in sorted(set(rows)):
 if bad:
     sys.exit("spills or scratch in hot kernels: " + ", ".join(bad))
 EOF
-"$build/csrc/backend/hip/gpu_test_ops" || [ $? = 77 ]
+tests=$build/csrc/backend/hip
+"$tests/gpu_test_ops" || [ $? = 77 ]
+# What a driver may answer: none that opens, and a fake one that fails on demand.
+mkdir -p "$tests/none"
+for version in .7 .6 .5 ""; do : > "$tests/none/libamdhip64.so$version"; done
+LD_LIBRARY_PATH=$tests/none "$tests/gpu_test_driver_errors" missing
+LD_LIBRARY_PATH=$tests/fake "$tests/gpu_test_driver_errors" fake

@@ -7,7 +7,8 @@
 // Batch invariance, the rule all ops keep: a row's result does not depend on which other rows travel with it, nor on
 // how many. Dot products over a group of 32 are exact integer sums (fast mode); the floating-point accumulation over
 // groups has one fixed order; attention splits depend on positions only; expert outputs are added in the order of the
-// row's own top-k list. Residual stream, router and all sums are f32.
+// row's own top-k list. Residual stream, router and all sums are f32. The GPU keeps the rule among 1..16 rows (all that
+// decoding and verifying use) and among more than 16 (prefill), which have other kernels and other roundings.
 
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/sampling.h"
 #include "quant/dtype.h"
 
 namespace dflash {
@@ -29,6 +31,8 @@ struct HostTensor {
   const void* data = nullptr;
   size_t bytes = 0;
   bool file_mapping = false;  // data lies in a read-only file mapping: a backend that copies may drop its pages
+  std::string path{};         // where the bytes can be read instead, when not empty: this file,
+  uint64_t file_offset = 0;   // from here on
 };
 
 // A matrix, or a stack of n_expert matrices, in backend memory. Plain value: the owner keeps the memory alive.
@@ -59,6 +63,7 @@ struct Buffer {
 struct MemoryInfo {
   size_t total = 0;  // bytes
   size_t free = 0;   // bytes
+  std::string hint;  // how this machine could have more, when there is a way
 };
 
 // One layer's K and V, head-major so that a head's keys are one stream: [n_head_kv, n_ctx, head_dim] of type
@@ -143,7 +148,9 @@ class Backend {
   virtual const char* name() const = 0;
   virtual std::string describe() const = 0;
   virtual MemoryInfo memory() const = 0;
+  virtual bool pages() const { return false; }  // more memory than is free can be had, slowly
   virtual int n_threads() const { return 1; }
+  virtual bool asynchronous() const { return false; }  // ops return before their work is done
 
   // ---- memory -------------------------------------------------------------------------------------------------
   virtual Buffer alloc(size_t bytes) = 0;  // 64-byte aligned; throws CapacityError
@@ -151,6 +158,9 @@ class Backend {
   virtual void download(void* dst, const void* src, size_t bytes) = 0;  // waits for everything queued before
   // Takes a GGUF tensor over: maps, copies or repacks it. keep_alive owns t.data (a mapped file).
   virtual Weight load(const HostTensor& t, std::shared_ptr<const void> keep_alive) = 0;
+  virtual void loaded() {}  // no load() follows for now: staging memory may go
+  // Memory of its own that load(t) will take; 0 where the file's mapping is used as it is.
+  virtual size_t weight_bytes(const HostTensor& t) const = 0;
   // Random weights of a given shape, generated in backend memory, deterministic in seed (benchmarks and tests).
   virtual Weight random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) = 0;
 
@@ -173,7 +183,8 @@ class Backend {
   // pos0 .. pos0 + rows - 1 of the cache.  q [rows, n_head * head_dim], k, v [rows, n_head_kv * head_dim]
   virtual void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) = 0;
 
-  // out[r, h] = softmax(q[r, h] . K[h / (n_head / n_head_kv)] * scale) V.  q, out [rows, n_head * head_dim]
+  // out[r, h] = softmax(q[r, h] . K[h / (n_head / n_head_kv)] * scale) V.  q, out [rows, n_head * head_dim]. A backend may
+  // do qkv_post's work here, when it was called just before on the same rows: afterwards q is undefined.
   virtual void attention(const Attention& a, Step step, const float* q, const KvLayer& kv, float* out) = 0;
 
   // x += sum over the row's top_k experts e of weight_e * down_e(silu(gate_e h) * up_e h), h = rms_norm(x, norm).
@@ -189,6 +200,12 @@ class Backend {
 
   // out[r] for each row of logits [rows, n]; out is host memory (this call waits for the result).
   virtual void top1(const float* logits, int rows, int64_t n, Top1* out) = 0;
+
+  // out[r] = the token of row r of logits [s.rows(), n], for r = 0, 1, ... while drafts stand: up to and with the first
+  // row whose token is not s.drafts[r] (s.all_rows: every row). Returns how many. logits may be overwritten; out
+  // [s.rows()] is host memory (this call waits for the result). Throws Error for a row in which every token is
+  // forbidden.
+  virtual int sample(const Sampling& s, float* logits, int64_t n, int32_t* out) = 0;
 
   // ---- steps that repeat --------------------------------------------------------------------------------------
   // For one key, the ops between begin_step and end_step are the same calls with the same pointers and rows every time;

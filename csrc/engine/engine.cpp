@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include "core/error.h"
+#include "engine/memory_need.h"
 #ifdef DFLASH_WITH_GPU
 #include "backend/hip/hip_backend.h"
 #endif
@@ -37,7 +38,7 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
 
 std::shared_ptr<Model> Model::load(const std::string& target_path, const std::string& drafter_path,
                                    const BackendOptions& options, const Progress& progress,
-                                   const DrafterOverrides& overrides) {
+                                   const DrafterOverrides& overrides, const SessionOptions* planned) {
   // Both directories are read and compared before any weight is loaded.
   const std::shared_ptr<const Gguf> target = Gguf::open(target_path);
   const std::shared_ptr<const Gguf> drafter = drafter_path.empty() ? nullptr : Gguf::open(drafter_path);
@@ -53,8 +54,15 @@ std::shared_ptr<Model> Model::load(const std::string& target_path, const std::st
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
   m->precise = options.precise;
+  const MemoryNeed need = memory_need(
+      *target, target_config, drafter.get(), drafter ? &drafter_config : nullptr,
+      [&](const HostTensor& t) { return m->backend->weight_bytes(t); }, planned, options.precise);
+  const std::string problem = memory_problem(need, m->backend->memory(), m->backend->describe());
+  if (!problem.empty() && !m->backend->pages()) throw CapacityError(problem);
+  m->memory_warning = problem;
   m->target = MiniMaxM2::load(target, *m->backend, progress);
   if (drafter) m->drafter = DFlashDrafter::load(drafter, drafter_config, *m->target, *m->backend, progress);
+  m->backend->loaded();
   return m;
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "engine/session_options.h"
 #include "model/dflash_drafter.h"
 #include "model/minimax_m2.h"
 
@@ -32,12 +33,14 @@ struct Model {
   std::unique_ptr<MiniMaxM2> target;
   std::unique_ptr<DFlashDrafter> drafter;  // null: plain decoding (and prompt lookup)
   bool precise = false;
-  uint64_t n_sessions = 0;  // made so far: names their recorded steps
+  uint64_t n_sessions = 0;     // made so far: names their recorded steps
+  std::string memory_warning;  // CPU: more is needed than is free, so the machine may page; else ""
 
-  // drafter_path may be empty. Throws Error naming the file and what is wrong.
+  // drafter_path may be empty. planned: the session that will be opened, so that its memory counts too (null: weights
+  // alone). Throws Error naming the file and what is wrong, CapacityError before loading what a GPU cannot hold.
   static std::shared_ptr<Model> load(const std::string& target_path, const std::string& drafter_path,
                                      const BackendOptions& options, const Progress& progress,
-                                     const DrafterOverrides& overrides = {});
+                                     const DrafterOverrides& overrides = {}, const SessionOptions* planned = nullptr);
   // drafter may be null.
   static std::shared_ptr<Model> synthetic(const TargetConfig& target, const DrafterConfig* drafter,
                                           const SyntheticOptions& synthetic, const BackendOptions& options,

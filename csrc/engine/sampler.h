@@ -9,6 +9,8 @@
 #include <map>
 #include <vector>
 
+#include "backend/cpu/row_sampler.h"
+
 namespace dflash {
 
 struct SamplingParams {
@@ -33,7 +35,8 @@ struct SamplingParams {
 // Throws Error naming the parameter, what was expected and what was found.
 void check_sampling(const SamplingParams& p, int n_vocab);
 
-// Uniform in [0, 1), a hash of (seed, position): SplitMix64's finaliser applied twice.
+// 53 random bits, a hash of (seed, position): SplitMix64's finaliser applied twice. And as a number in [0, 1).
+uint64_t random_bits_at(uint64_t seed, uint64_t position);
 double uniform_at(uint64_t seed, uint64_t position);
 
 class Sampler {
@@ -41,26 +44,21 @@ class Sampler {
   explicit Sampler(SamplingParams params) : params_(std::move(params)) {}
   const SamplingParams& params() const { return params_; }
 
-  // logits [n_vocab] is left unchanged; history holds every token before the one drawn.
+  // What a backend needs to draw the tokens behind history, history + drafts[0], ... (Backend::sample).
+  Sampling rows(const std::vector<int32_t>& history, const std::vector<int32_t>& drafts) const;
+
+  // One row on the host, hook included. logits [n_vocab] is left unchanged; history holds every token before the one
+  // drawn.
   int32_t sample(const float* logits, int64_t n_vocab, const std::vector<int32_t>& history);
 
   // The distribution sample() draws from, as probabilities [n_vocab].
   std::vector<double> distribution(const float* logits, int64_t n_vocab, const std::vector<int32_t>& history);
 
  private:
-  struct Candidate {
-    int32_t id;
-    float logit;
-  };
-  void process(const float* logits, int64_t n_vocab, const std::vector<int32_t>& history);
-  void penalise(const std::vector<int32_t>& history);
-  // Fills candidates_ and weights_ (unnormalised) of the tokens that survive min_p, top_k and top_p.
-  double keep(int64_t n_vocab);
+  Sampling process(const float* logits, int64_t n_vocab, const std::vector<int32_t>& history);
 
   SamplingParams params_;
-  std::vector<float> row_;
-  std::vector<Candidate> candidates_;
-  std::vector<double> weights_;
+  cpu::RowSampler row_;
 };
 
 }  // namespace dflash

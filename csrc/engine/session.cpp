@@ -18,14 +18,6 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-DType kv_dtype(const std::string& name, bool precise) {
-  if (name == "auto") return precise ? DType::F32 : DType::F16;
-  if (name == "f16") return DType::F16;
-  if (name == "f32") return DType::F32;
-  if (name == "q8_0") return DType::Q8_0;
-  fail("kv_type: 'auto', 'f16', 'q8_0' or 'f32' expected, found '", name, "'");
-}
-
 // auto: the whole block where the drafter is small beside a target pass, as it is on the real shapes (6% of the bytes
 // for M2.7 and L3H5). On the mini pair (half the bytes) the extra rows cost more than their acceptance brings.
 bool use_whole_block(const std::string& draft_rows, const Model& m) {
@@ -61,8 +53,6 @@ CostPrior byte_model(const Model& m) {
   return prior;
 }
 
-constexpr int kPendingTaps = 32;  // committed tokens whose taps may wait, so that parked rounds cost no drafter pass
-
 }  // namespace
 
 double GenerateParams::simulated_chance(size_t i) const {
@@ -88,9 +78,8 @@ Session::Session(std::shared_ptr<Model> model, const SessionOptions& options)
   logits_buffer_ = backend_.alloc(block * static_cast<size_t>(model_->target->config().n_vocab) * sizeof(float));
   if (model_->drafter) {
     const DrafterConfig& c = model_->drafter->config();
-    // Quantising the drafter's K/V ruins acceptance (llama.cpp #25725): f16, or f32 in precise mode.
     drafter_kv_.emplace(backend_, c.n_layer, c.n_head_kv, c.head_dim, options_.n_ctx + c.block_size,
-                        model_->precise ? DType::F32 : DType::F16);
+                        drafter_kv_dtype(model_->precise));
     drafter_scratch_.emplace(backend_, c, scratch_.max_rows);
     const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
     taps_buffer_ = backend_.alloc((batch + kPendingTaps + block) * row * sizeof(float));
@@ -355,38 +344,50 @@ int32_t Session::target_token(int32_t own, int row) const {
   return params_.simulate_accept.empty() ? own : simulated_token(tokens_.size() + static_cast<size_t>(row));
 }
 
+// The target's token behind each prefix of drafts, from the rows in logits_buffer_: while the drafts stand, or of all
+// rows. Logits come to the host only for a hook.
+std::vector<int32_t> Session::own_tokens(const std::vector<int32_t>& drafts, bool all_rows) {
+  const int rows = static_cast<int>(drafts.size()) + 1;
+  const int64_t n_vocab = model_->target->config().n_vocab;
+  float* logits = logits_buffer_.as<float>();
+  std::vector<int32_t> out(static_cast<size_t>(rows));
+  if (sampler_.params().plain_argmax()) {
+    std::vector<Top1> top(out.size());
+    backend_.top1(logits, rows, n_vocab, top.data());
+    for (size_t i = 0; i < out.size(); ++i) out[i] = top[i].id;
+    return out;
+  }
+  if (!sampler_.params().logits_hook) {
+    Sampling sampling = sampler_.rows(tokens_, drafts);
+    sampling.all_rows = all_rows;
+    backend_.sample(sampling, logits, n_vocab, out.data());
+    return out;
+  }
+  host_logits_.resize(out.size() * static_cast<size_t>(n_vocab));
+  backend_.download(host_logits_.data(), logits, host_logits_.size() * sizeof(float));
+  std::vector<int32_t> history = tokens_;
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = sampler_.sample(host_logits_.data() + static_cast<int64_t>(i) * n_vocab, n_vocab, history);
+    if (i == drafts.size() || (!all_rows && (out[i] != drafts[i] || is_eos(out[i])))) break;
+    history.push_back(drafts[i]);
+  }
+  return out;
+}
+
 Accepted Session::verify(const Drafts& drafts) {
   const int rows = static_cast<int>(drafts.tokens.size()) + 1;
-  const int64_t n_vocab = model_->target->config().n_vocab;
   std::vector<int32_t> batch{tokens_.back()};
   batch.insert(batch.end(), drafts.tokens.begin(), drafts.tokens.end());
 
   const Stopwatch watch;
   forward_verify(batch.data(), rows);
-  float* logits = logits_buffer_.as<float>();
-  const auto stop = [&](int32_t token) { return is_eos(token); };
-  Accepted accepted;
-  double verify_seconds = 0.0;
-  if (sampler_.params().plain_argmax()) {
-    std::vector<Top1> top(static_cast<size_t>(rows));
-    backend_.top1(logits, rows, n_vocab, top.data());
-    verify_seconds = watch.seconds();
-    accepted =
-        accept_matching(drafts.tokens, [&](int i) { return target_token(top[static_cast<size_t>(i)].id, i); }, stop);
-  } else {
-    host_logits_.resize(static_cast<size_t>(rows) * static_cast<size_t>(n_vocab));
-    backend_.download(host_logits_.data(), logits, host_logits_.size() * sizeof(float));
-    verify_seconds = watch.seconds();
-    std::vector<int32_t> history = tokens_;
-    accepted = accept_matching(
-        drafts.tokens,
-        [&](int i) {
-          if (i > 0) history.push_back(drafts.tokens[static_cast<size_t>(i) - 1]);
-          const float* row = host_logits_.data() + static_cast<int64_t>(i) * n_vocab;
-          return target_token(sampler_.sample(row, n_vocab, history), i);
-        },
-        stop);
-  }
+  // Where ops only queue work, the pass ends when its tokens are there, and drawing them counts as part of it.
+  double verify_seconds = watch.seconds();
+  const std::vector<int32_t> own = own_tokens(drafts.tokens, !params_.simulate_accept.empty());
+  if (sampler_.params().plain_argmax() || backend_.asynchronous()) verify_seconds = watch.seconds();
+  const Accepted accepted = accept_matching(
+      drafts.tokens, [&](int i) { return target_token(own[static_cast<size_t>(i)], i); },
+      [&](int32_t token) { return is_eos(token); });
   stats_.verify_seconds += verify_seconds;
   stats_.sample_seconds += watch.seconds() - verify_seconds;
   const Backend::ExpertCount experts = backend_.take_expert_count();
@@ -452,17 +453,10 @@ StepResult Session::step() {
   StepResult result;
   if (first_) {
     const Stopwatch watch;
-    Top1 top;
-    if (sampler_.params().plain_argmax()) {
-      backend_.top1(logits_buffer_.as<float>(), 1, model_->target->config().n_vocab, &top);
-    } else {
-      host_logits_.resize(static_cast<size_t>(model_->target->config().n_vocab));
-      backend_.download(host_logits_.data(), logits_buffer_.data, host_logits_.size() * sizeof(float));
-      top.id = sampler_.sample(host_logits_.data(), model_->target->config().n_vocab, tokens_);
-    }
+    const int32_t token = own_tokens({}, false)[0];
     first_ = false;
-    tokens_.push_back(top.id);
-    result.tokens = {top.id};
+    tokens_.push_back(token);
+    result.tokens = {token};
     result.source = "prefill";
     stats_.sample_seconds += watch.seconds();
     stats_.generated_tokens += 1;

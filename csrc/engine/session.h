@@ -12,18 +12,10 @@
 #include "engine/engine.h"
 #include "engine/lookup.h"
 #include "engine/sampler.h"
+#include "engine/session_options.h"
 #include "engine/stats.h"
 
 namespace dflash {
-
-struct SessionOptions {
-  int n_ctx = 8192;              // tokens, prompt and answer together
-  std::string kv_type = "auto";  // auto (f16; f32 in precise mode) | f16 | q8_0 | f32
-  int n_batch = 512;             // prompt tokens in one prefill pass
-  // Mask rows the drafter runs: "slots" (just those asked for), "block" (all of them, of which the first are used:
-  // better drafts, since the block is bidirectional, for more work) or "auto" (measured in docs/speculation.md).
-  std::string draft_rows = "auto";
-};
 
 struct GenerateParams {
   SamplingParams sampling;
@@ -103,6 +95,7 @@ class Session {
   void run_all(const std::vector<int32_t>& tokens);
   Drafts propose(int room);
   Drafts draft_dflash(int n, int room);
+  std::vector<int32_t> own_tokens(const std::vector<int32_t>& drafts, bool all_rows);
   Accepted verify(const Drafts& drafts);
   void account(const Drafts& drafts, const Accepted& accepted, double verify_seconds);
   void follow_drafts();
@@ -127,7 +120,7 @@ class Session {
   Buffer logits_buffer_;  // f32 [block_size, n_vocab]
   Buffer taps_buffer_;    // f32 [n_batch + kPendingTaps + block_size, n_taps * n_embd]: pending rows, then a chunk's
   Buffer step_taps_;      // f32 [block_size, n_taps * n_embd]: taps of a verify pass, at an address that never moves
-  std::vector<float> host_logits_;
+  std::vector<float> host_logits_;  // rows that a hook looks at
 
   std::vector<int32_t> tokens_;  // the timeline; all but the anchor (the last, while generating) are in the cache
   int pos_ = 0;                  // tokens whose K/V the target's cache holds

@@ -6,12 +6,18 @@
 
 namespace dflash {
 
+size_t DFlashDrafter::Scratch::bytes_for(const DrafterConfig& c, int rows) {
+  const size_t per_row = static_cast<size_t>(c.n_embd + 2 * c.n_layer * c.n_head_kv * c.head_dim);
+  const size_t block = 2 * static_cast<size_t>(c.block_size) * static_cast<size_t>(c.n_head * c.head_dim);
+  return (static_cast<size_t>(rows) * per_row + block) * sizeof(float);
+}
+
 DFlashDrafter::Scratch::Scratch(Backend& backend, const DrafterConfig& c, int rows)
     : max_rows(rows > c.block_size ? rows : c.block_size) {
   const size_t n = static_cast<size_t>(max_rows), block = static_cast<size_t>(c.block_size);
   const size_t q_size = block * static_cast<size_t>(c.n_head * c.head_dim);
   const size_t kv_size = n * static_cast<size_t>(c.n_layer * c.n_head_kv * c.head_dim);
-  memory = backend.alloc((n * static_cast<size_t>(c.n_embd) + 2 * q_size + 2 * kv_size) * sizeof(float));
+  memory = backend.alloc(bytes_for(c, max_rows));
   x = memory.as<float>();
   q = x + n * static_cast<size_t>(c.n_embd);
   attn = q + q_size;

@@ -27,6 +27,7 @@ class DFlashDrafter {
   // Activations of up to max_rows context rows or one block.
   struct Scratch {
     Scratch(Backend& backend, const DrafterConfig& c, int max_rows);
+    static size_t bytes_for(const DrafterConfig& c, int max_rows);  // max_rows of block_size or more
     int max_rows;
     Buffer memory, token_memory;
     float* x;         // [max_rows, n_embd]

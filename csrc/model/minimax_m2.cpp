@@ -6,12 +6,17 @@
 
 namespace dflash {
 
+size_t MiniMaxM2::Scratch::bytes_for(const TargetConfig& c, int rows) {
+  const int width = c.n_embd + 2 * (c.n_head + c.n_head_kv) * c.head_dim;
+  return static_cast<size_t>(rows) * static_cast<size_t>(width) * sizeof(float);
+}
+
 MiniMaxM2::Scratch::Scratch(Backend& backend, const TargetConfig& c, int rows) : max_rows(rows) {
   const size_t n = static_cast<size_t>(rows);
   const size_t embd = n * static_cast<size_t>(c.n_embd);
   const size_t q_size = n * static_cast<size_t>(c.n_head * c.head_dim);
   const size_t kv_size = n * static_cast<size_t>(c.n_head_kv * c.head_dim);
-  memory = backend.alloc((embd + 2 * q_size + 2 * kv_size) * sizeof(float));
+  memory = backend.alloc(bytes_for(c, rows));
   x = memory.as<float>();
   q = x + embd;
   attn = q + q_size;

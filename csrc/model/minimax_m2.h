@@ -34,6 +34,7 @@ class MiniMaxM2 {
   // Activations of up to max_rows rows, allocated once.
   struct Scratch {
     Scratch(Backend& backend, const TargetConfig& c, int max_rows);
+    static size_t bytes_for(const TargetConfig& c, int max_rows);
     int max_rows;
     Buffer memory;
     float* x;     // [max_rows, n_embd] residual stream; after forward: the output of the last layer

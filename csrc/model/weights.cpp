@@ -4,6 +4,22 @@
 
 namespace dflash {
 
+HostTensor host_tensor(const Gguf& gguf, const Gguf::Tensor& t) {
+  const auto n = [&](size_t i) { return i < t.ne.size() ? t.ne[i] : 1; };
+  HostTensor host;
+  host.name = t.name;
+  host.type = dtype_info(static_cast<DType>(t.type_id)).type;
+  host.n_in = n(0);
+  host.n_out = n(1);
+  host.n_expert = n(2);
+  host.data = gguf.tensor_data(t);
+  host.bytes = t.bytes;
+  host.file_mapping = true;
+  host.path = gguf.path();
+  host.file_offset = t.offset;
+  return host;
+}
+
 WeightLoader::WeightLoader(std::shared_ptr<const Gguf> gguf, Backend& backend, std::string stage, Progress progress)
     : gguf_(std::move(gguf)), backend_(backend), stage_(std::move(stage)), progress_(std::move(progress)) {
   for (const Gguf::Tensor& t : gguf_->tensors()) total_ += t.bytes;
@@ -31,16 +47,7 @@ Weight WeightLoader::take(const std::string& name, int64_t n_in, int64_t n_out, 
   if (must_be_f32 && info->type != DType::F32) {
     fail(gguf_->path(), ": tensor '", name, "': F32 expected, found ", info->name);
   }
-  HostTensor host;
-  host.name = name;
-  host.type = info->type;
-  host.n_in = n_in;
-  host.n_out = n_out;
-  host.n_expert = n_expert;
-  host.data = gguf_->tensor_data(*t);
-  host.bytes = t->bytes;
-  host.file_mapping = true;
-  Weight w = backend_.load(host, gguf_->share_file());
+  Weight w = backend_.load(host_tensor(*gguf_, *t), gguf_->share_file());
   taken_.insert(name);
   done_ += t->bytes;
   if (progress_) progress_(stage_, done_, total_);

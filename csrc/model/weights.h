@@ -15,6 +15,9 @@ namespace dflash {
 // (stage, bytes done, bytes in all)
 using Progress = std::function<void(const std::string&, size_t, size_t)>;
 
+// A tensor of a known type as backends take it, in the file's mapping.
+HostTensor host_tensor(const Gguf& gguf, const Gguf::Tensor& t);
+
 class WeightLoader {
  public:
   WeightLoader(std::shared_ptr<const Gguf> gguf, Backend& backend, std::string stage, Progress progress);

@@ -65,9 +65,13 @@ class Model:
         progress: Callable[[str, int, int], None] | None = None,
         tap_shift: int = 0,
         mask_token_id: int | None = None,
+        n_ctx: int | None = None,
+        kv_type: str = "auto",
+        n_batch: int = 512,
     ) -> None:
         """progress(stage, done_bytes, total_bytes) is called while weights are loaded. tap_shift and mask_token_id
-        override the drafter's metadata (selftest tries the neighbours with them)."""
+        override the drafter's metadata (selftest tries the neighbours with them). n_ctx, kv_type, n_batch: of the
+        session that will be opened, so that its memory is counted before loading (None: weights alone)."""
     @staticmethod
     def synthetic(
         target: dict[str, int | float],
@@ -100,6 +104,9 @@ class Model:
         """ "cpu" or "hip"."""
     @property
     def backend_description(self) -> str: ...
+    @property
+    def memory_warning(self) -> str:
+        """On the CPU, when more memory is needed than is free: each part, how much is missing, what would help."""
     @property
     def n_threads(self) -> int: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -300,8 +301,13 @@ class Engine:
             cpu_isa=self.options.cpu_isa,
             repack=self.options.repack,
             progress=self.options.progress,
+            n_ctx=self.options.n_ctx,
+            kv_type=self.options.kv_type,
+            n_batch=self.options.n_batch,
         )
         """The compiled model: configurations and backend."""
+        if self.model.memory_warning:
+            warnings.warn(self.model.memory_warning, RuntimeWarning, stacklevel=2)
         self._session = self._new_session()
         self.n_vocab = int(self.model.target_config["n_vocab"])
         """Rows of the target's head; the tokenizer may know fewer."""

@@ -4,6 +4,7 @@
 #include <limits>
 #include <random>
 
+#include "backend/backend.h"
 #include "check.h"
 #include "engine/accept.h"
 #include "engine/depth_policy.h"
@@ -134,6 +135,63 @@ void test_sampler() {
   CHECK_THROWS((check_sampling(bad, 5), 0), "logit_bias");
 }
 
+// The backend op draws each row as the sampler draws it behind its drafts, and stops where a draft does not stand.
+void test_sample_op() {
+  std::mt19937 random(5);
+  const auto cpu = make_cpu_backend(BackendOptions());
+  constexpr int64_t kVocab = 40;
+  int stopped = 0, whole = 0;
+  for (int round = 0; round < 400; ++round) {
+    SamplingParams p;
+    p.temperature = round % 4 == 0 ? 0.0f : 0.8f;
+    p.top_k = round % 3 == 0 ? 5 : 0;
+    p.seed = static_cast<uint64_t>(round);
+    p.repetition_penalty = 1.3f;
+    p.frequency_penalty = 0.4f;
+    p.presence_penalty = -0.2f;
+    const int windows[] = {-1, 0, 1, 3, 7, 100};
+    p.penalty_last_n = windows[round % 6];
+    p.logit_bias = {{static_cast<int32_t>(random() % kVocab), 1.5f}};
+    const int rows = 1 + round % 9;
+    std::vector<float> logits(static_cast<size_t>(rows) * kVocab);
+    for (float& l : logits) l = std::normal_distribution<float>(0.0f, 2.0f)(random);
+    Ids history(random() % 12), drafts;
+    for (int32_t& id : history) id = static_cast<int32_t>(random() % 6);
+
+    // Plain decoding: one row at a time, each behind the tokens drawn before; half of the drafts are those tokens.
+    Sampler sampler(p);
+    Ids plain, before = history;
+    for (int r = 0; r < rows; ++r) {
+      plain.push_back(sampler.sample(logits.data() + r * kVocab, kVocab, before));
+      before.push_back(plain.back());
+    }
+    for (int r = 0; r + 1 < rows; ++r) {
+      drafts.push_back(round % 2 == 0 || random() % 4 != 0 ? plain[static_cast<size_t>(r)]
+                                                           : static_cast<int32_t>(random() % kVocab));
+    }
+    Ids drawn(static_cast<size_t>(rows), -1);
+    std::vector<float> copy = logits;
+    const int n = cpu->sample(sampler.rows(history, drafts), copy.data(), kVocab, drawn.data());
+    size_t stand = 0;
+    while (stand < drafts.size() && drafts[stand] == plain[stand]) ++stand;
+    CHECK(n == static_cast<int>(stand) + 1);
+    CHECK(std::equal(drawn.begin(), drawn.begin() + n, plain.begin()));
+    (n < rows ? stopped : whole) += 1;
+
+    // All rows, each behind its drafts whether they stand or not.
+    Sampling all = sampler.rows(history, drafts);
+    all.all_rows = true;
+    copy = logits;
+    CHECK(cpu->sample(all, copy.data(), kVocab, drawn.data()) == rows);
+    before = history;
+    for (int r = 0; r < rows; ++r) {
+      CHECK(drawn[static_cast<size_t>(r)] == sampler.sample(logits.data() + r * kVocab, kVocab, before));
+      if (r + 1 < rows) before.push_back(drafts[static_cast<size_t>(r)]);
+    }
+  }
+  CHECK(stopped > 50 && whole > 50);
+}
+
 void test_lookup() {
   LookupProposer lookup;
   Ids tokens{1, 2, 3, 4, 5, 6, 9, 2, 3, 4};
@@ -219,6 +277,7 @@ void test_policy() {
 int main() {
   test_accept();
   test_sampler();
+  test_sample_op();
   test_lookup();
   test_policy();
   return test::report("test_engine");

@@ -1,5 +1,5 @@
 // Every op of the GPU backend against double-precision references, over awkward shapes; a row's bits against the same
-// row alone; guards after outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
+// row in other company (1..16 rows, and more than 16: quantised weights have other kernels there); guards after outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
 
 #include "backend/hip/hip_backend.h"
 #include "reference.h"
@@ -15,6 +15,9 @@ namespace {
 constexpr double kLimitFloat = 1e-11;    // float weights, norms
 constexpr double kLimitQuant = 1e-9;     // int8 activations
 constexpr double kLimitExperts = 1e-5;   // SwiGLU products quantised again
+// More than 16 rows: weights and activations are rounded to f16 (11 bits) or bf16 (8 bits, the scale too; Q4_1's min is
+// several times its values), against exact activations. The int8 activations of few rows lie near 3e-5 of those.
+constexpr double kLimitF16 = 2e-7, kLimitBf16 = 3e-5;
 constexpr double kLimitAttention[] = {1e-10, 1e-6, 2e-4};  // KV F32, F16, Q8_0
 
 constexpr float kEps = 1e-6f;
@@ -37,7 +40,7 @@ void test_matmul(Backend& b, std::mt19937& rng) {
   };
   const std::vector<Shape> shapes = {{3072, 544, 140}, {32, 32, 40}, {224, 200, 600}, {6144, 96, 140}, {416, 31, 140}};
   for (DType type : {DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::F32, DType::F16, DType::BF16}) {
-    double worst = 0.0;
+    double worst = 0.0, worst_f16 = 0.0, worst_bf16 = 0.0;
     const double limit = is_quantized(type) ? kLimitQuant : kLimitFloat;
     for (const Shape& s : shapes) {
       if (g_quick && s.n_in * s.n_out > 100000) continue;
@@ -53,30 +56,45 @@ void test_matmul(Backend& b, std::mt19937& rng) {
         b.norm_matmul(gx.data() + first * s.n_in, with_norm ? gn.data() : nullptr, kEps, rows, outs, 2);
         return std::make_pair(y0.get(what), y1.get(what));
       };
-      const auto [y0, y1] = run(0, s.rows, true);
       // the norm's own rounding can move a quantised activation by one step
       const double norm_limit = is_quantized(type) ? 1e-6 : limit;
       double norm_worst = 0.0;
-      check(what, ref_matmul(*w0, ref_norm(x, norm, kEps, s.rows, s.n_in), s.rows), y0, norm_limit, &norm_worst);
-      check(what, ref_matmul(*w1, ref_norm(x, norm, kEps, s.rows, s.n_in), s.rows), y1, norm_limit, &norm_worst);
-      check(what, ref_matmul(*w0, to_doubles(x), s.rows), run(0, s.rows, false).first, limit, &worst);
-      for (int rows : kRowCounts) {
-        if (rows > s.rows) continue;
-        const int first = s.rows - rows;
-        const auto [z0, z1] = run(first, rows, true);
-        const Floats tail0(y0.begin() + first * s.n_out, y0.end()), tail1(y1.begin() + first * 64, y1.end());
-        expect(same_bits(z0, tail0, z0.size()), cat(what, ": ", rows, " rows differ from ", s.rows));
-        expect(same_bits(z1, tail1, z1.size()), cat(what, ": ", rows, " rows differ from ", s.rows, " (second)"));
+      // Where the type is quantised, up to 16 rows have their own kernels and bits.
+      for (const bool few : {true, false}) {
+        const int most = few ? kInt8Rows : s.rows, begin = s.rows - most;
+        const bool half = is_quantized(type) && !few;
+        const Floats xs(x.begin() + begin * s.n_in, x.end());
+        const auto [y0, y1] = run(begin, most, true);
+        const Doubles h = ref_norm(xs, norm, kEps, most, s.n_in);
+        check(what, ref_matmul(*w0, h, most), y0, half ? kLimitF16 : norm_limit, half ? &worst_f16 : &norm_worst);
+        check(what, ref_matmul(*w1, h, most), y1, half ? kLimitF16 : norm_limit, half ? &worst_f16 : &norm_worst);
+        check(what, ref_matmul(*w0, to_doubles(xs), most), run(begin, most, false).first, half ? kLimitBf16 : limit,
+              half ? &worst_bf16 : &worst);
+        for (int rows : kRowCounts) {
+          if (rows > most || (half && rows <= kInt8Rows)) continue;
+          const int first = most - rows;
+          const auto [z0, z1] = run(begin + first, rows, true);
+          const Floats tail0(y0.begin() + first * s.n_out, y0.end()), tail1(y1.begin() + first * 64, y1.end());
+          expect(same_bits(z0, tail0, z0.size()), cat(what, ": ", rows, " rows differ from ", most));
+          expect(same_bits(z1, tail1, z1.size()), cat(what, ": ", rows, " rows differ from ", most, " (second)"));
+        }
       }
       // matmul_add
-      const Floats base = random_floats(rng, y0.size());
-      Guarded y(b, base);
-      b.matmul_add(a, gx.data(), s.rows, y.data());
-      Doubles want = ref_matmul(*w0, to_doubles(x), s.rows);
-      for (size_t i = 0; i < want.size(); ++i) want[i] += base[i];
-      check("matmul_add", want, y.get("matmul_add"), limit, &worst);
+      const Floats bases = random_floats(rng, static_cast<size_t>(s.rows * s.n_out));
+      for (int rows : {kInt8Rows, s.rows}) {
+        const Floats base(bases.begin(), bases.begin() + rows * s.n_out);
+        Guarded y(b, base);
+        b.matmul_add(a, gx.data(), rows, y.data());
+        Doubles want = ref_matmul(*w0, to_doubles(Floats(x.begin(), x.begin() + rows * s.n_in)), rows);
+        for (size_t i = 0; i < want.size(); ++i) want[i] += base[i];
+        const bool half = is_quantized(type) && rows > kInt8Rows;
+        check("matmul_add", want, y.get("matmul_add"), half ? kLimitBf16 : limit, half ? &worst_bf16 : &worst);
+      }
     }
     report(cat("matmul ", dtype_info(type).name).c_str(), worst, limit);
+    if (!is_quantized(type)) continue;
+    report(cat("matmul ", dtype_info(type).name, ", many rows, f16").c_str(), worst_f16, kLimitF16);
+    report(cat("matmul ", dtype_info(type).name, ", many rows, bf16").c_str(), worst_bf16, kLimitBf16);
   }
 }
 
@@ -236,11 +254,9 @@ void test_attention(Backend& b, std::mt19937& rng) {
       };
       std::vector<std::pair<int, int>> steps = {{0, 1}, {1, 16}, {17, 200}, {217, 33}, {250, 5}, {255, 2}, {257, 243},
                                                 {500, 13}, {513, 280}, {793, 7}};
-      Floats all(static_cast<size_t>(total) * qn);
       const std::string what = cat("attention ", c.n_head, "/", c.n_head_kv, "x", c.head_dim, " ", dtype_info(types[ti]).name);
       for (const auto& [pos0, rows] : steps) {
         const Floats out = step(pos0, rows);
-        std::copy(out.begin(), out.end(), all.begin() + static_cast<int64_t>(pos0) * qn);
         Doubles want(out.size());
         for (int r = 0; r < rows; ++r) {
           const int end = c.causal ? pos0 + r + 1 : pos0 + rows;
@@ -268,10 +284,19 @@ void test_attention(Backend& b, std::mt19937& rng) {
         check(cat(what, " at ", pos0), want, out, kLimitAttention[ti], &worst[ti]);
       }
       if (!c.causal) continue;
-      // The same positions in other batches give the same bits (the cache is rewritten with the same values).
-      for (const auto& [pos0, rows] : {std::pair<int, int>{0, 5}, {3, 16}, {245, 16}, {256, 1}, {250, 100}, {790, 4}}) {
-        const Floats out = step(pos0, rows);
-        const Floats part(all.begin() + static_cast<int64_t>(pos0) * qn, all.begin() + static_cast<int64_t>(pos0 + rows) * qn);
+      // The same positions in other batches give the same bits (the cache is rewritten with the same values): 1..16 rows
+      // among themselves, more rows among themselves, and all where the cache is f32.
+      const Floats many = step(0, total);
+      Floats few;
+      for (int pos0 = 0; pos0 < total; pos0 += kInt8Rows) {
+        const Floats out = step(pos0, std::min(kInt8Rows, total - pos0));
+        few.insert(few.end(), out.begin(), out.end());
+      }
+      if (types[ti] == DType::F32) expect(same_bits(few, many, few.size()), cat(what, ": few and many rows differ"));
+      for (const auto& [pos0, rows] : {std::pair<int, int>{0, 5}, {3, 16}, {245, 16}, {256, 1}, {250, 100}, {301, 17},
+                                       {640, 130}, {790, 4}}) {
+        const Floats out = step(pos0, rows), &whole = rows > kInt8Rows ? many : few;
+        const Floats part(whole.begin() + static_cast<int64_t>(pos0) * qn, whole.begin() + static_cast<int64_t>(pos0 + rows) * qn);
         expect(same_bits(out, part, out.size()), cat(what, ": batch at ", pos0, " x ", rows, " differs"));
       }
       (void)ck.get("kv cache");
@@ -283,8 +308,9 @@ void test_attention(Backend& b, std::mt19937& rng) {
 
 // ---- experts ------------------------------------------------------------------------------------------------------------
 
-void ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor& down, int64_t e, const double* hq,
-                Doubles* y) {
+// Returns the largest SwiGLU product.
+double ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor& down, int64_t e, const double* hq,
+                  bool int8, Doubles* y) {
   const int64_t n_embd = gate.host.n_in, n_ff = gate.host.n_out;
   Doubles act(n_ff);
   for (int64_t i = 0; i < n_ff; ++i) {
@@ -292,9 +318,12 @@ void ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor& 
     const double u = ref_dot(&up.values[(e * n_ff + i) * n_embd], hq, n_embd);
     act[i] = g / (1.0 + std::exp(-g)) * u;
   }
-  if (is_quantized(down.host.type)) quantize_like_gpu(act.data(), n_ff);
+  if (is_quantized(down.host.type) && int8) quantize_like_gpu(act.data(), n_ff);
   y->resize(n_embd);
   for (int64_t i = 0; i < n_embd; ++i) (*y)[i] = ref_dot(&down.values[(e * n_embd + i) * n_ff], act.data(), n_ff);
+  double largest = 0.0;
+  for (double a : act) largest = std::max(largest, std::fabs(a));
+  return largest;
 }
 
 void test_experts(Backend& b, std::mt19937& rng) {
@@ -304,14 +333,16 @@ void test_experts(Backend& b, std::mt19937& rng) {
     int64_t n_embd, n_ff;
     int rows;
     int force;  // 0: as drawn; 1: the bias sends all rows to the same experts
+    float norm = 1.0f;  // scale of the norm's weights
   };
   const std::vector<Case> cases = {
       {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 200, 0},  {DType::Q4_0, DType::Q4_0, 32, 8, 1024, 512, 140, 0},
       {DType::Q4_0, DType::Q4_0, 32, 2, 416, 96, 140, 1},  {DType::Q4_1, DType::Q4_1, 24, 3, 256, 160, 140, 0},
       {DType::Q8_0, DType::Q8_0, 24, 8, 256, 160, 140, 0}, {DType::Q4_0, DType::Q8_0, 256, 8, 128, 64, 140, 0},
       {DType::Q4_0, DType::Q4_0, 200, 1, 96, 32, 140, 1},  {DType::BF16, DType::BF16, 16, 4, 128, 64, 40, 0},
-      {DType::F32, DType::F32, 16, 4, 100, 50, 40, 0}};
-  double worst = 0.0;
+      {DType::F32, DType::F32, 16, 4, 100, 50, 40, 0},
+      {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 40, 0, 200.0f}};  // SwiGLU products beyond f16
+  double worst = 0.0, worst_many = 0.0;
   for (const Case& c : cases) {
     if (g_quick && c.n_embd > 512) continue;
     const auto gate = random_tensor(rng, c.type, c.n_embd, c.n_ff, c.n_expert);
@@ -324,7 +355,7 @@ void test_experts(Backend& b, std::mt19937& rng) {
     if (c.force == 1) {
       for (int i = 0; i < c.top_k; ++i) bias[(i * 7 + 3) % c.n_expert] = 10.0f + static_cast<float>(i);
     }
-    const Floats norm = random_floats(rng, c.n_embd), x = random_floats(rng, static_cast<size_t>(c.rows * c.n_embd), 2.0f);
+    const Floats norm = random_floats(rng, c.n_embd, c.norm), x = random_floats(rng, static_cast<size_t>(c.rows * c.n_embd), 2.0f);
     Guarded gbias(b, bias), gnorm(b, norm);
     Moe m;
     m.n_expert = c.n_expert;
@@ -342,37 +373,45 @@ void test_experts(Backend& b, std::mt19937& rng) {
       b.moe(m, rows, gx.data());
       return gx.get(what);
     };
-    const Floats all = run(0, c.rows);
-    const Doubles h = ref_norm(x, norm, kEps, c.rows, c.n_embd);
-    Doubles hq = h;
-    if (is_quantized(c.type)) quantize_like_gpu(hq.data(), c.rows * c.n_embd);
-    Doubles want = to_doubles(x);
-    for (int r = 0; r < c.rows; ++r) {
-      std::vector<std::pair<double, int>> choice(c.n_expert);
-      Doubles score(c.n_expert);
-      for (int e = 0; e < c.n_expert; ++e) {
-        score[e] = 1.0 / (1.0 + std::exp(-ref_dot(&router->values[e * c.n_embd], &h[r * c.n_embd], c.n_embd)));
-        choice[e] = {-(score[e] + bias[e]), e};
+    for (const bool few : {true, false}) {
+      const int most = few ? kInt8Rows : c.rows, begin = c.rows - most;
+      const bool quantized = is_quantized(c.type), int8 = quantized && few;
+      const Floats xs(x.begin() + begin * c.n_embd, x.end());
+      const Floats all = run(begin, most);
+      const Doubles h = ref_norm(xs, norm, kEps, most, c.n_embd);
+      Doubles hq = h;
+      if (int8) quantize_like_gpu(hq.data(), most * c.n_embd);
+      Doubles want = to_doubles(xs);
+      double largest = 0.0;
+      for (int r = 0; r < most; ++r) {
+        std::vector<std::pair<double, int>> choice(c.n_expert);
+        Doubles score(c.n_expert);
+        for (int e = 0; e < c.n_expert; ++e) {
+          score[e] = 1.0 / (1.0 + std::exp(-ref_dot(&router->values[e * c.n_embd], &h[r * c.n_embd], c.n_embd)));
+          choice[e] = {-(score[e] + bias[e]), e};
+        }
+        std::sort(choice.begin(), choice.end());
+        double sum = 0.0;
+        for (int s = 0; s < c.top_k; ++s) sum += score[choice[s].second];
+        for (int s = 0; s < c.top_k; ++s) {
+          Doubles y;
+          largest = std::max(largest, ref_expert(*gate, *up, *down, choice[s].second, &hq[r * c.n_embd], int8, &y));
+          for (int64_t i = 0; i < c.n_embd; ++i) want[r * c.n_embd + i] += score[choice[s].second] / sum * y[i];
+        }
       }
-      std::sort(choice.begin(), choice.end());
-      double sum = 0.0;
-      for (int s = 0; s < c.top_k; ++s) sum += score[choice[s].second];
-      for (int s = 0; s < c.top_k; ++s) {
-        Doubles y;
-        ref_expert(*gate, *up, *down, choice[s].second, &hq[r * c.n_embd], &y);
-        for (int64_t i = 0; i < c.n_embd; ++i) want[r * c.n_embd + i] += score[choice[s].second] / sum * y[i];
+      if (c.norm > 1.0f) expect(largest > 65504.0, cat(what, ": products up to ", largest, " test nothing"));
+      check(what, want, all, kLimitExperts, quantized && !few ? &worst_many : &worst);
+      for (int rows : kRowCounts) {
+        if (rows > most || (quantized && !few && rows <= kInt8Rows)) continue;
+        const int first = most - rows;
+        const Floats part = run(begin + first, rows), tail(all.begin() + first * c.n_embd, all.end());
+        expect(same_bits(part, tail, part.size()), cat(what, ": ", rows, " rows differ from ", most));
       }
-    }
-    check(what, want, all, kLimitExperts, &worst);
-    for (int rows : kRowCounts) {
-      if (rows > c.rows) continue;
-      const int first = c.rows - rows;
-      const Floats part = run(first, rows), tail(all.begin() + first * c.n_embd, all.end());
-      expect(same_bits(part, tail, part.size()), cat(what, ": ", rows, " rows differ from ", c.rows));
     }
   }
   // distinct experts: the forced case reads top_k of them
   report("moe", worst, kLimitExperts);
+  report("moe, many rows", worst_many, kLimitExperts);
 
   double worst_ffn = 0.0;
   for (DType type : {DType::Q4_0, DType::Q8_0, DType::F16}) {
@@ -394,20 +433,25 @@ void test_experts(Backend& b, std::mt19937& rng) {
       b.ffn(f, rows, gx.data());
       return gx.get("ffn");
     };
-    const Floats all = run(0, max_rows);
-    Doubles hq = ref_norm(x, norm, kEps, max_rows, n_embd), want = to_doubles(x);
-    if (is_quantized(type)) quantize_like_gpu(hq.data(), max_rows * n_embd);
-    for (int r = 0; r < max_rows; ++r) {
-      Doubles y;
-      ref_expert(*gate, *up, *down, 0, &hq[r * n_embd], &y);
-      for (int64_t i = 0; i < n_embd; ++i) want[r * n_embd + i] += y[i];
-    }
-    check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst_ffn);
-    for (int rows : kRowCounts) {
-      if (rows > max_rows) continue;
-      const int first = max_rows - rows;
-      const Floats part = run(first, rows), tail(all.begin() + first * n_embd, all.end());
-      expect(same_bits(part, tail, part.size()), cat("ffn ", dtype_info(type).name, ": ", rows, " rows differ"));
+    for (const bool few : {true, false}) {
+      const int most = few ? kInt8Rows : max_rows, begin = max_rows - most;
+      const bool quantized = is_quantized(type), int8 = quantized && few;
+      const Floats xs(x.begin() + begin * n_embd, x.end());
+      const Floats all = run(begin, most);
+      Doubles hq = ref_norm(xs, norm, kEps, most, n_embd), want = to_doubles(xs);
+      if (int8) quantize_like_gpu(hq.data(), most * n_embd);
+      for (int r = 0; r < most; ++r) {
+        Doubles y;
+        (void)ref_expert(*gate, *up, *down, 0, &hq[r * n_embd], int8, &y);
+        for (int64_t i = 0; i < n_embd; ++i) want[r * n_embd + i] += y[i];
+      }
+      check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst_ffn);
+      for (int rows : kRowCounts) {
+        if (rows > most || (quantized && !few && rows <= kInt8Rows)) continue;
+        const int first = most - rows;
+        const Floats part = run(begin + first, rows), tail(all.begin() + first * n_embd, all.end());
+        expect(same_bits(part, tail, part.size()), cat("ffn ", dtype_info(type).name, ": ", rows, " rows differ"));
+      }
     }
   }
   report("ffn", worst_ffn, kLimitExperts);

@@ -10,6 +10,8 @@
 #include <sstream>
 
 #include "../cpp/check.h"
+#include "core/units.h"
+#include "engine/memory_need.h"
 #include "engine/session.h"
 
 using namespace dflash;
@@ -43,8 +45,9 @@ std::vector<Ids> read_prompts(const char* path) {
   return out;
 }
 
-Ids generate(Session& s, const Ids& prompt, int n, int depth) {
+Ids generate(Session& s, const Ids& prompt, int n, int depth, const SamplingParams& sampling = {}) {
   GenerateParams p;
+  p.sampling = sampling;
   p.max_tokens = n;
   p.depth = depth;
   s.rewind(0);
@@ -75,6 +78,25 @@ int main(int argc, char** argv) try {
   if (argc < 4) fail("usage: test_pairs TARGET.gguf DRAFTER.gguf PROMPTS [runs]");
   const int runs = argc > 4 ? std::atoi(argv[4]) : 100;
   const std::vector<Ids> prompts = read_prompts(argv[3]);
+  BackendOptions hip;
+  hip.name = "hip";
+  const auto observer = make_backend(hip);
+  {  // a device that is nearly full: refused by name and figures before anything is loaded
+    const Buffer most = observer->alloc(observer->memory().free - (size_t{40} << 20));
+    std::string text;
+    try {
+      SessionOptions planned = small();
+      (void)Model::load(argv[1], argv[2], hip, nullptr, {}, &planned);
+    } catch (const CapacityError& e) {
+      text = e.what();
+    }
+    std::printf("nearly full: %s\n", text.c_str());
+    for (const char* part :
+         {"short. Needed: target weights", "drafter weights", "cache of 1024 tokens (F16)", "working memory"}) {
+      CHECK(text.find(part) != std::string::npos);
+    }
+  }
+  const size_t free_before = observer->memory().free;
   const auto gpu_model = open(argv[1], argv[2], "hip", false), cpu_model = open(argv[1], argv[2], "cpu", true);
   Session gpu(gpu_model, small()), cpu(cpu_model, small());
   std::printf("%s\n", gpu_model->backend->describe().c_str());
@@ -83,8 +105,8 @@ int main(int argc, char** argv) try {
   for (const Ids& prompt : prompts) {
     worst_logits = std::max(worst_logits, nmse(gpu.logits(prompt), cpu.logits(prompt)));
     worst_taps = std::max(worst_taps, nmse(gpu.taps(prompt), cpu.taps(prompt)));
-    worst_draft = std::max(worst_draft, nmse(gpu.draft_logits(prompt, prompt[0], 15, 16),
-                                             cpu.draft_logits(prompt, prompt[0], 15, 16)));
+    worst_draft = std::max(
+        worst_draft, nmse(gpu.draft_logits(prompt, prompt[0], 15, 16), cpu.draft_logits(prompt, prompt[0], 15, 16)));
   }
   std::printf("NMSE against the CPU's precise mode: logits %.2e, taps %.2e, draft logits %.2e\n", worst_logits,
               worst_taps, worst_draft);
@@ -99,10 +121,36 @@ int main(int argc, char** argv) try {
     const std::vector<float> prefill_logits = gpu.logits(whole);
     for (int depth = 1; depth < gpu_model->block_size(); ++depth) CHECK(generate(gpu, prompt, 96, depth) == plain);
     CHECK(generate(gpu, prompt, 96, -1) == plain);
-    // Continuing equals starting over: the prefill of the whole text gives the same logits bits as any other split.
+    // What was generated in between leaves no trace: the prefill of the whole text gives the same logits bits again.
     const std::vector<float> again = gpu.logits(whole);
     CHECK(std::memcmp(prefill_logits.data(), again.data(), again.size() * sizeof(float)) == 0);
   }
+  // Sampled on the device, penalties that see accepted drafts included: the same tokens at every depth.
+  SamplingParams sampling;
+  sampling.temperature = 0.9f;
+  sampling.top_k = 50;
+  sampling.top_p = 0.95f;
+  sampling.repetition_penalty = 1.1f;
+  sampling.frequency_penalty = 0.05f;
+  sampling.penalty_last_n = 24;
+  for (const Ids& prompt : prompts) {
+    sampling.seed += 1;
+    const Ids plain = generate(gpu, prompt, 64, 0, sampling);
+    for (int depth : {1, 2, 5, -1}) CHECK(generate(gpu, prompt, 64, depth, sampling) == plain);
+    SamplingParams on_host = sampling;
+    on_host.logits_hook = [](const std::vector<int32_t>&, float*, int64_t) {};
+    CHECK(generate(gpu, prompt, 64, 3, on_host) == plain);
+  }
+  // What was said to be needed is enough, and not twice what is taken (beside the fixed part for the runtime).
+  const auto target_file = Gguf::open(argv[1]), drafter_file = Gguf::open(argv[2]);
+  const SessionOptions session = small();
+  const MemoryNeed need = memory_need(
+      *target_file, gpu_model->target->config(), drafter_file.get(), &gpu_model->drafter->config(),
+      [&](const HostTensor& t) { return observer->weight_bytes(t); }, &session, false);
+  const size_t used = free_before - observer->memory().free;
+  std::printf("memory: %s said, %s taken\n", human_bytes(need.total()).c_str(), human_bytes(used).c_str());
+  CHECK(used <= need.total());
+  CHECK(need.total() <= 2 * used + (size_t{128} << 20));
   const Ids first = generate(gpu, prompts[0], 64, 3);
   for (int i = 0; i < runs; ++i) CHECK(generate(gpu, prompts[0], 64, i % gpu_model->block_size()) == first);
   return test::report("test_pairs");

@@ -104,13 +104,14 @@ void advise(const uint8_t* p, size_t bytes, int advice) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 }
 
-size_t mem_available() {
+// What Linux says can be had without paging; where it says nothing, all there is.
+size_t mem_available(size_t total) {
   std::ifstream in("/proc/meminfo");
   for (std::string key; in >> key;) {
     size_t kb = 0;
     if (key == "MemAvailable:" && in >> kb) return kb << 10;
   }
-  return 0;
+  return total;
 }
 
 }  // namespace
@@ -131,7 +132,7 @@ MemoryInfo CpuBackend::memory() const {
   const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
   MemoryInfo info;
   info.total = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
-  info.free = mem_available();
+  info.free = mem_available(info.total);
   return info;
 }
 
@@ -189,8 +190,7 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
   if (t.bytes != w.bytes() || !t.data) {
     fail("tensor '", t.name, "': expected ", w.bytes(), " bytes of ", info.name, ", found ", t.data ? t.bytes : 0);
   }
-  // Vectors are read as they are, and from the embedding table only rows are read.
-  if (!repack_ || t.n_out == 1 || t.name == "token_embd.weight") return w;
+  if (!repacks(t)) return w;
 
   const int64_t panels = panels_of(t.n_out);
   const size_t panel = panel_bytes(w), row = row_bytes(t.type, t.n_in);
@@ -229,6 +229,11 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
   return w;
 }
 
+size_t CpuBackend::weight_bytes(const HostTensor& t) const {
+  if (!repacks(t)) return 0;
+  return panel_bytes(t.type, t.n_in) * static_cast<size_t>(panels_of(t.n_out) * t.n_expert);
+}
+
 Weight CpuBackend::random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) {
   const size_t row = row_bytes(type, n_in);
   const int64_t rows = n_out * n_expert;
@@ -250,6 +255,16 @@ void CpuBackend::copy_rows(const float* src, int rows, int64_t n, float* dst, in
 void CpuBackend::top1(const float* logits, int rows, int64_t n, Top1* out) {
   parallel(rows, static_cast<size_t>(rows * n) * 4,
            [&](int64_t r, int) { k_.top1(logits + r * n, n, &out[r].id, &out[r].prob, &out[r].margin); });
+}
+
+int CpuBackend::sample(const Sampling& s, float* logits, int64_t n, int32_t* out) {
+  const int rows = s.rows();
+  for (int r = 0; r < rows; ++r) {
+    sampler_.edit(s, r, logits + r * n, n);
+    out[r] = sampler_.draw(s, r);
+    if (!s.all_rows && r + 1 < rows && out[r] != s.drafts[static_cast<size_t>(r)]) return r + 1;
+  }
+  return rows;
 }
 
 void CpuBackend::embed(const Weight& table, const int32_t* tokens, int rows, float* x) {

@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/row_sampler.h"
 #include "core/thread_pool.h"
 
 namespace dflash {
@@ -31,7 +32,8 @@ inline int64_t panels_of(int64_t n_out) { return (n_out + kPanel - 1) / kPanel; 
 // Where a panel lies; null when the rows are as in the GGUF.
 inline const uint8_t* panel_at(const Weight& w, int64_t expert, int64_t panel) {
   if (w.layout != kPanelLayout) return nullptr;
-  return static_cast<const uint8_t*>(w.data) + panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
+  return static_cast<const uint8_t*>(w.data) +
+         panel_bytes(w) * static_cast<size_t>(expert * panels_of(w.n_out) + panel);
 }
 
 // Memory that grows and keeps its size; contents are lost when it grows.
@@ -79,11 +81,13 @@ class CpuBackend final : public Backend {
   const char* name() const override { return "cpu"; }
   std::string describe() const override;
   MemoryInfo memory() const override;
+  bool pages() const override { return true; }
 
   Buffer alloc(size_t bytes) override;
   void upload(void* dst, const void* src, size_t bytes) override;
   void download(void* dst, const void* src, size_t bytes) override;
   Weight load(const HostTensor& t, std::shared_ptr<const void> keep_alive) override;
+  size_t weight_bytes(const HostTensor& t) const override;
   Weight random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) override;
 
   void embed(const Weight& table, const int32_t* tokens, int rows, float* x) override;
@@ -96,9 +100,13 @@ class CpuBackend final : public Backend {
   void ffn(const Ffn& f, int rows, float* x) override;
   void copy_rows(const float* src, int rows, int64_t n, float* dst, int64_t stride) override;
   void top1(const float* logits, int rows, int64_t n, Top1* out) override;
+  int sample(const Sampling& s, float* logits, int64_t n, int32_t* out) override;
   ExpertCount take_expert_count() override;
 
  private:
+  // Vectors are read as they are, and from the embedding table only rows are read.
+  bool repacks(const HostTensor& t) const { return repack_ && t.n_out > 1 && t.name != "token_embd.weight"; }
+
   // f(i, thread) for i in [0, n); on the calling thread alone when the loop touches too few bytes to share.
   template <typename F>
   void parallel(int64_t n, size_t bytes, const F& f) {
@@ -168,6 +176,7 @@ class CpuBackend final : public Backend {
   ExpertCount count_;
   Buffer arena_;
   size_t arena_used_ = 0;
+  RowSampler sampler_;
 
   struct PerThread {
     Scratch panel, rows, out, gate_up, attention;

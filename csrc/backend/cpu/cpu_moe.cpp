@@ -142,8 +142,8 @@ void CpuBackend::run_experts(const Weight& gate, const Weight& up, const Weight&
                                        ? nullptr
                                        : panel_at(down, routing_.experts[static_cast<size_t>(after / down_steps)].id,
                                                   after % down_steps * down_step);
-             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride, thread,
-                      next);
+             multiply(down, e.id, first, n_panels, a, {routing_.pairs.data() + e.first, 0, e.count}, out, stride,
+                      thread, next);
              for (int i = 0; i < e.count; ++i) {
                const int64_t pair = routing_.pairs[static_cast<size_t>(e.first + i)];
                std::memcpy(pair_out + pair * n_embd + first * kPanel, out + i * stride,

@@ -9,6 +9,8 @@
 
 namespace dflash::hip {
 
+inline constexpr const char* kMoreMemory = "on Strix Halo a larger amdgpu.gttsize and ttm.pages_limit";
+
 // Throws CapacityError that says how much was asked and how much is free. The memory goes with the last copy.
 std::shared_ptr<void> device_alloc(size_t bytes, const char* what);
 
@@ -39,7 +41,20 @@ class PinnedRing {
 // was in use moves (recorded steps hold its address).
 class Scratch {
  public:
-  enum Name { kHidden, kQuant, kActQuant, kActFloat, kLogits, kRouting, kPairOut, kPartials, kTop1, kNames };
+  enum Name {
+    kHidden,
+    kQuant,
+    kActQuant,
+    kActFloat,
+    kLogits,
+    kRouting,
+    kPairOut,
+    kPartials,
+    kTop1,
+    kSamplingInputs,
+    kSampling,
+    kNames
+  };
 
   template <typename OnMove>
   void* get(Name name, size_t bytes, OnMove on_move) {

@@ -1,18 +1,8 @@
 #include "backend/hip/device_memory.h"
 
-#include <cstdio>
+#include "core/units.h"
 
 namespace dflash::hip {
-
-namespace {
-
-std::string gib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.2f GiB", static_cast<double>(bytes) / (1024.0 * 1024.0 * 1024.0));
-  return text;
-}
-
-}  // namespace
 
 std::shared_ptr<void> device_alloc(size_t bytes, const char* what) {
   void* p = nullptr;
@@ -21,10 +11,12 @@ std::shared_ptr<void> device_alloc(size_t bytes, const char* what) {
     (void)GPU_API(GetLastError)();
     size_t free = 0, total = 0;
     (void)GPU_API(MemGetInfo)(&free, &total);
-    throw CapacityError(cat("GPU memory: ", gib(bytes), " asked for ", what, ", ", gib(free), " free of ", gib(total),
-                            bytes > free ? cat(" (short by ", gib(bytes - free), ")") : std::string(" (fragmented)"),
-                            ". What makes it fit: a smaller n_ctx, a q8_0 KV cache, a smaller head, other programs "
-                            "off the GPU; on Strix Halo a larger amdgpu.gttsize and ttm.pages_limit."));
+    throw CapacityError(
+        cat("GPU memory: ", human_bytes(bytes), " asked for ", what, ", ", human_bytes(free), " free of ",
+            human_bytes(total),
+            bytes > free ? cat(" (short by ", human_bytes(bytes - free), ")") : std::string(" (fragmented)"),
+            ". What makes it fit: a smaller n_ctx, a q8_0 KV cache, a smaller head, other programs off the GPU; ",
+            kMoreMemory, "."));
   }
   gpu::check(status, "Malloc");
   return std::shared_ptr<void>(p, [](void* q) { (void)GPU_API(Free)(q); });

@@ -1,158 +1,349 @@
 #pragma once
-// Matrix times 1..16 rows, the heart of decoding and verifying: a block of kSegments waves makes one tile of 32 outputs
-// for all its rows, wave s working on segment s of K, so that the weights are read once, in order, and by many waves at
-// a time. Few rows use dot4 (a lane is an output row; the activations are the same for all lanes, scalar registers on
-// AMD), more rows the matrix instructions. Both follow the order of layout.h, so their results are the same bits.
+// Matrix times 1..16 rows, the heart of decoding and verifying: eight waves make one tile of 32 outputs for all its
+// rows, wave s working on segment s of K, so that the weights are read once, in order, and by many waves at a time. Few
+// rows use dot4 (a lane is an output row; the activations are the same for all lanes, scalar registers on AMD), more
+// rows the matrix instructions. Both follow the order of layout.h, so their results are the same bits.
+//
+// On NVIDIA a wave's weights pass through a ring of chunks in shared memory, filled far ahead (gpu.h: kStaged).
 
 #include "backend/hip/layout.h"
 
 namespace dflash::hip {
 
 inline constexpr int kFewRows = 16;
+// groups of weights copied at a time
+template <typename F>
+inline constexpr int kChunk = F::kQuantBytes == kTile * 16 ? 6 : 3;
 
-// partial sums of a block: [segment][row][32 outputs], in shared memory
+// partial sums of eight waves: [segment][row][32 outputs], in shared memory
 template <int Rows>
 using Partial = float[kSegments][Rows][kTile];
 
-// acc[m][r] = the segment's dot products of the lane's output row of tile m with rows row_of(0) .. row_of(R - 1) of x.
-template <typename F, int Tiles, int R, typename RowOf>
-__device__ inline void dot_segment(const TileView<F> (&tiles)[Tiles], int g0, int g1, const QuantRows& x, RowOf row_of,
-                                   float (&acc)[Tiles][R]) {
-  // Groups of weights loaded ahead; every row needs scalar registers for its activations.
-  constexpr int kAhead = gpu::kDotAhead[R == 1 ? 0 : 1] >= Tiles ? gpu::kDotAhead[R == 1 ? 0 : 1] / Tiles : 1;
+// Rows of int8 groups as a wave reads them: group g of row r is q + r * q_stride + g * 32, scale + r * s_stride + g.
+struct ActRows {
+  const int8_t* q;
+  const GroupScale* scale;
+  int q_stride, s_stride;
+};
+
+struct Span {
+  int g0, g1;  // groups of a wave's segment
+};
+
+__device__ inline Span segment_span(int segment, int groups) {
+  const int per = segment_groups(groups);
+  const int g0 = min(segment * per, groups);
+  return {g0, min(g0 + per, groups)};
+}
+
+// A chunk in the ring: quants, scales, and with experts the activations of its groups: q [ActMost, kChunk<F>, 32],
+// scales.
+template <typename F, int ActMost>
+struct Slot {
+  static constexpr int kScales = kChunk<F> * F::kQuantBytes;
+  static constexpr int kActs = kScales + kChunk<F> * kTile * F::kHalves * 2;
+  static constexpr int kActScales = kActs + ActMost * kChunk<F> * 32;
+  static constexpr int kBytes =
+      (kActScales + ActMost * kChunk<F> * static_cast<int>(sizeof(GroupScale)) + 15) / 16 * 16;
+};
+
+// The weights of a wave's segment of tile after tile, and the activations that go with each.
+//   Cursor: bool more(); TileView<F> tile(); int count(), row(i): rows of activations with it; void advance()
+template <typename F, int Slots, int ActMost, typename Cursor>
+class WeightStream {
+ public:
+  using Layout = Slot<F, ActMost>;
+
+  // lds: Slots * Layout::kBytes, the wave's own (NVIDIA).
+  __device__ WeightStream(uint8_t* lds, Span span, const Cursor& cursor)
+      : lds_(lds), span_(span), cursor_(cursor), acts_cursor_(cursor) {
+    if (span_.g0 >= span_.g1) cursor_.stop();
+  }
+
+  // Begins to copy as many weights as there is room for.
+  __device__ inline void start() {
+    if constexpr (gpu::kStaged) {
+#pragma unroll
+      for (int s = 0; s < Slots; ++s) {
+        copy_weights(lds_ + s * Layout::kBytes);
+        gpu::copy_commit();
+      }
+    }
+  }
+
+  // And the activations that belong to them, which take() then has to wait for.
+  __device__ inline void start_acts(const QuantRows& x) {
+    if constexpr (gpu::kStaged && ActMost > 0) {
+      x_ = x;
+      if (span_.g0 >= span_.g1) acts_cursor_.stop();
+#pragma unroll
+      for (int s = 0; s < Slots; ++s) copy_acts(lds_ + s * Layout::kBytes);
+      gpu::copy_commit();
+      gpu::copy_wait<0>();
+    }
+  }
+
+  // Calls use(quants, scales, first group within the segment, groups, slot) for the pieces of the next tile, in order.
+  template <typename Use>
+  __device__ inline void take(Use use) {
+    if constexpr (gpu::kStaged) {
+#pragma unroll 1
+      for (int g = span_.g0; g < span_.g1; g += kChunk<F>) {
+        gpu::copy_wait<Slots - 1>();
+        uint8_t* slot = lds_ + slot_;
+        use(slot, reinterpret_cast<const uint16_t*>(slot + Layout::kScales), g - span_.g0, min(kChunk<F>, span_.g1 - g),
+            slot);
+        gpu::wave_sync();
+        copy_weights(slot);
+        if constexpr (ActMost > 0) copy_acts(slot);
+        gpu::copy_commit();
+        slot_ += Layout::kBytes;
+        if (slot_ == Slots * Layout::kBytes) slot_ = 0;
+      }
+    } else {
+      const TileView<F> tile = cursor_.tile();
+      cursor_.advance();
+      if (span_.g0 < span_.g1) {
+        use(tile.group_quants(span_.g0), tile.group_scales(span_.g0), 0, span_.g1 - span_.g0, nullptr);
+      }
+    }
+  }
+
+ private:
+  __device__ inline void copy_weights(uint8_t* slot) {
+    if (left_ <= 0) {
+      if (!cursor_.more()) return;
+      const TileView<F> tile = cursor_.tile();
+      cursor_.advance();
+      quants_ = tile.group_quants(span_.g0) + gpu::lane() * 16;
+      scales_ = reinterpret_cast<const uint8_t*>(tile.group_scales(span_.g0)) + gpu::lane() * 16;
+      left_ = span_.g1 - span_.g0;
+    }
+    constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;
+    const int scale_bytes = min(left_, kChunk<F>) * kScaleBytes - gpu::lane() * 16;
+    slot += gpu::lane() * 16;
+    if (left_ >= kChunk<F>) {
+#pragma unroll
+      for (int i = 0; i < kChunk<F> * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < left_ * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk<F> * kScaleBytes; i += 512) {
+      if (scale_bytes > i) gpu::copy_begin<16>(slot + Layout::kScales + i, scales_ + i);
+    }
+    quants_ += kChunk<F> * F::kQuantBytes;
+    scales_ += kChunk<F> * kScaleBytes;
+    left_ -= kChunk<F>;
+  }
+
+  // Eight lanes to a row: two pieces of its int8 and a scale each.
+  __device__ inline void copy_acts(uint8_t* slot) {
+    static_assert(ActMost == 4 && kChunk<F> <= 8, "eight lanes to a row");
+    const int row = gpu::lane() / 8, i = gpu::lane() % 8;
+    if (acts_left_ <= 0) {
+      if (!acts_cursor_.more()) return;
+      acts_left_ = span_.g1 - span_.g0;
+      const int count = acts_cursor_.count();
+      q_from_ = nullptr;
+      if (count <= ActMost && row < count) {
+        const int64_t first = static_cast<int64_t>(acts_cursor_.row(row)) * (x_.n / 32) + span_.g0;
+        q_from_ = x_.q + first * 32 + i * 16;
+        s_from_ = x_.scale + first + i;
+      }
+      acts_cursor_.advance();
+    }
+    if (q_from_ != nullptr) {
+      uint8_t* to = slot + Layout::kActs + row * (kChunk<F> * 32) + i * 16;
+      const int groups = min(acts_left_, kChunk<F>);
+      if (i < groups * 2) gpu::copy_begin<16>(to, q_from_);
+      if (i + 8 < groups * 2) gpu::copy_begin<16>(to + 128, q_from_ + 128);
+      if (i < groups) gpu::copy_begin<8>(slot + Layout::kActScales + (row * kChunk<F> + i) * 8, s_from_);
+      q_from_ += kChunk<F> * 32;
+      s_from_ += kChunk<F>;
+    }
+    acts_left_ -= kChunk<F>;
+  }
+
+  uint8_t* lds_;
+  Span span_;
+  Cursor cursor_, acts_cursor_;
+  QuantRows x_;
+  int slot_ = 0;                  // of the next piece to use, in bytes
+  int left_ = 0, acts_left_ = 0;  // groups of the tile at hand that are not copied yet
+  const uint8_t* quants_ = nullptr;
+  const uint8_t* scales_ = nullptr;
+  const int8_t* q_from_ = nullptr;
+  const GroupScale* s_from_ = nullptr;
+};
+
+// acc[r] += the dot products of the lane's output row with rows row_of(0) .. row_of(R - 1) of x over `groups` groups.
+template <typename F, int R, typename RowOf>
+__device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
+                                  RowOf row_of, float (&acc)[R]) {
+  if constexpr (gpu::kStaged) {  // one chunk
+    auto group_of = [&](int i) {
+      const typename F::Block block =
+          F::unpack(F::load(quants + i * F::kQuantBytes, scales + i * (kTile * F::kHalves), gpu::lane()));
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int row = row_of(r);
+        const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + (g0 + i) * 32);
+        const int4 q0 = q[0], q1 = q[1];
+        const GroupScale s = x.scale[row * x.s_stride + g0 + i];
+        acc[r] = F::accumulate(block, q0, q1, s, acc[r]);
+      }
+    };
+    if (groups == kChunk<F>) {
+#pragma unroll
+      for (int i = 0; i < kChunk<F>; ++i) group_of(i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < groups; ++i) group_of(i);
+    }
+    return;
+  }
+  constexpr int kAhead = gpu::kDotAhead[R == 1 ? 0 : 1];  // groups of weights loaded ahead
   struct Batch {
-    typename F::Raw raw[Tiles][kAhead];
+    typename F::Raw raw[kAhead];
   };
   const int lane = gpu::lane();
-  const int groups = static_cast<int>(x.n / 32);
-  uint32_t at[R];  // first group of each row
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    at[r] = static_cast<uint32_t>(row_of(r) * groups);
-#pragma unroll
-    for (int m = 0; m < Tiles; ++m) acc[m][r] = 0.0f;
-  }
   auto load = [&](Batch& b, int g) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int group = min(g + i, g1 - 1);  // past the end: the last one again
-#pragma unroll
-      for (int m = 0; m < Tiles; ++m) {
-        b.raw[m][i] = F::load(tiles[m].group_quants(group), tiles[m].group_scales(group), lane);
-      }
+      const int group = min(g + i, groups - 1);  // past the end: the last one again
+      b.raw[i] = F::load(quants + group * F::kQuantBytes, scales + group * (kTile * F::kHalves), lane);
     }
   };
-  if (g0 >= g1) return;
+  auto use = [&](const Batch& now, int g, int i) {
+    const typename F::Block block = F::unpack(now.raw[i]);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int row = row_of(r), group = g0 + g + i;
+      const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + group * 32);
+      const int4 q0 = q[0], q1 = q[1];
+      acc[r] = F::accumulate(block, q0, q1, x.scale[row * x.s_stride + group], acc[r]);
+    }
+  };
   Batch next;
-  load(next, g0);
-  for (int g = g0; g < g1; g += kAhead) {
+  load(next, 0);
+  for (int g = 0; g < groups; g += kAhead) {
     const Batch now = next;
-    if (g + kAhead < g1) load(next, g + kAhead);
+    if (g + kAhead < groups) load(next, g + kAhead);
+    if (g + kAhead <= groups) {  // no branches between the groups
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (g + i < g1) {
-        typename F::Block block[Tiles];
+      for (int i = 0; i < kAhead; ++i) use(now, g, i);
+    } else {
 #pragma unroll
-        for (int m = 0; m < Tiles; ++m) block[m] = F::unpack(now.raw[m][i]);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const uint32_t group = at[r] + static_cast<uint32_t>(g + i);
-          const int4* q = reinterpret_cast<const int4*>(x.q) + group * 2;
-          const int4 q0 = q[0], q1 = q[1];
-          const GroupScale scale = x.scale[group];
-#pragma unroll
-          for (int m = 0; m < Tiles; ++m) acc[m][r] = F::accumulate(block[m], q0, q1, scale, acc[m][r]);
-        }
+      for (int i = 0; i < kAhead - 1; ++i) {
+        if (g + i < groups) use(now, g, i);
       }
     }
   }
 }
 
-// The same for up to 16 rows by matrix instructions; Blocks * kMmaTokens >= count. Writes out[row][output].
+// The same for up to 16 rows by matrix instructions; Blocks * kMmaTokens >= count.
+template <int Blocks>
+using MmaSums = float[2][Blocks][gpu::kMmaAcc];
+
 template <typename F, int Blocks, typename RowOf>
-__device__ inline void mma_segment(const TileView<F>& tile, int g0, int g1, const QuantRows& x, RowOf row_of, int count,
-                                   float (*out)[kTile]) {
-  const int groups = static_cast<int>(x.n / 32);
-  float acc[2][Blocks][gpu::kMmaAcc];
+__device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
+                                  RowOf row_of, int count, MmaSums<Blocks>& acc) {
   int operand_at[Blocks], scale_at[Blocks][gpu::kMmaToks];
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
     // Rows past the last repeat it: their results are never stored.
-    operand_at[b] = row_of(min(b * gpu::kMmaTokens + gpu::mma_act_token(), count - 1)) * groups;
+    operand_at[b] = row_of(min(b * gpu::kMmaTokens + gpu::mma_act_token(), count - 1)) * x.q_stride + g0 * 32;
 #pragma unroll
     for (int j = 0; j < gpu::kMmaToks; ++j) {
-      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_token(j), count - 1)) * groups;
+      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_token(j), count - 1)) * x.s_stride + g0;
     }
-#pragma unroll
-    for (int i = 0; i < gpu::kMmaAcc; ++i) acc[0][b][i] = acc[1][b][i] = 0.0f;
   }
 #pragma unroll gpu::kMmaUnroll
-  for (int g = g0; g < g1; ++g) {
-    const uint8_t* quants = tile.group_quants(g);
-    const uint16_t* scales = tile.group_scales(g);
-    const gpu::MmaWeights w[2] = {F::mma_load(quants, 0), F::mma_load(quants, 1)};
+  for (int g = 0; g < groups; ++g) {
+    const uint8_t* q = quants + g * F::kQuantBytes;
+    const uint16_t* s = scales + g * (kTile * F::kHalves);
+    const gpu::MmaWeights w[2] = {F::mma_load(q, 0), F::mma_load(q, 1)};
     float d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < gpu::kMmaRows; ++i) {
-        const uint16_t* s = scales + (h * 16 + gpu::mma_row(i)) * F::kHalves;
-        d[h][i] = gpu::half_to_float(s[0]);
-        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(s[1]);
+        const uint16_t* at = s + (h * 16 + gpu::mma_row(i)) * F::kHalves;
+        d[h][i] = gpu::half_to_float(at[0]);
+        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(at[1]);
       }
     }
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      const gpu::MmaActs a =
-          gpu::mma_load_acts(reinterpret_cast<const uint8_t*>(x.q) + static_cast<int64_t>(operand_at[b] + g) * 32, 16);
-      GroupScale s[gpu::kMmaToks];
+      const gpu::MmaActs a = gpu::mma_load_acts(reinterpret_cast<const uint8_t*>(x.q) + operand_at[b] + g * 32, 16);
+      GroupScale sx[gpu::kMmaToks];
 #pragma unroll
-      for (int j = 0; j < gpu::kMmaToks; ++j) s[j] = x.scale[scale_at[b][j] + g];
+      for (int j = 0; j < gpu::kMmaToks; ++j) sx[j] = x.scale[scale_at[b][j] + g];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         int c[gpu::kMmaAcc];
 #pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = gpu::kMmaZero + F::start(s[i % gpu::kMmaToks].sum);
+        for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = gpu::kMmaZero + F::start(sx[i % gpu::kMmaToks].sum);
         gpu::mma(c, w[h], a);
 #pragma unroll
         for (int i = 0; i < gpu::kMmaAcc; ++i) {
           const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
-          float v = fmaf(gpu::mma_value(c[i]), d[h][row] * s[token].d, acc[h][b][i]);
-          if (F::kHalves == 2) v = fmaf(static_cast<float>(s[token].sum), m[h][row] * s[token].d, v);
+          float v = fmaf(gpu::mma_value(c[i]), d[h][row] * sx[token].d, acc[h][b][i]);
+          if (F::kHalves == 2) v = fmaf(static_cast<float>(sx[token].sum), m[h][row] * sx[token].d, v);
           acc[h][b][i] = v;
         }
       }
     }
   }
-#pragma unroll
-  for (int b = 0; b < Blocks; ++b) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < gpu::kMmaAcc; ++i) {
-        const int token = b * gpu::kMmaTokens + gpu::mma_token(i % gpu::kMmaToks);
-        if (token < count) out[token][h * 16 + gpu::mma_row(i / gpu::kMmaToks)] = acc[h][b][i];
-      }
-    }
-  }
 }
 
-// The wave's segment of the tiles times the rows row_of(0) .. row_of(count - 1) into partial[tile]. The choice of code
-// depends on count alone, which is the same for the whole block; MaxRows bounds it at compile time.
-template <typename F, int Tiles, int MaxRows, typename RowOf>
-__device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int groups, const QuantRows& x, RowOf row_of,
-                                     int count, Partial<MaxRows> (&partial)[Tiles]) {
-  const int segment = gpu::wave();
-  const int per = segment_groups(groups);
-  const int g0 = min(segment * per, groups), g1 = min(g0 + per, groups);
+// The wave's segment of its stream's next tile times `count` rows into out[row][output]: rows row_of(0) .. of x (which
+// begins with the segment's first group), or rows 0 .. as they came with the weights (FromRing). The choice of code
+// depends on count alone, which is the same for all waves of a tile; MaxRows bounds it at compile time.
+template <typename F, int MaxRows, bool FromRing, typename Stream, typename RowOf>
+__device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_of, int count, float (*out)[kTile]) {
+  using Layout = typename Stream::Layout;
+  auto rows_at = [&](const uint8_t* slot) {
+    if constexpr (FromRing) {
+      return ActRows{reinterpret_cast<const int8_t*>(slot + Layout::kActs),
+                     reinterpret_cast<const GroupScale*>(slot + Layout::kActScales), kChunk<F> * 32, kChunk<F>};
+    } else {
+      return x;
+    }
+  };
+  auto row_at = [&](int i) {
+    if constexpr (FromRing)
+      return i;
+    else
+      return row_of(i);
+  };
   auto dot = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    float acc[Tiles][R];
-    dot_segment<F, Tiles, R>(tiles, g0, g1, x, row_of, acc);
+    float acc[R] = {};
+    stream.take([&](const uint8_t* quants, const uint16_t* scales, int g0, int groups, const uint8_t* slot) {
+      dot_groups<F, R>(quants, scales, groups, rows_at(slot), FromRing ? 0 : g0, row_at, acc);
+    });
 #pragma unroll
-    for (int m = 0; m < Tiles; ++m) {
+    for (int r = 0; r < R; ++r) out[r][gpu::lane()] = acc[r];
+  };
+  [[maybe_unused]] auto mma = [&](auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    MmaSums<kBlocks> acc = {};
+    stream.take([&](const uint8_t* quants, const uint16_t* scales, int g0, int groups, const uint8_t* slot) {
+      mma_groups<F, kBlocks>(quants, scales, groups, rows_at(slot), FromRing ? 0 : g0, row_at, count, acc);
+    });
 #pragma unroll
-      for (int r = 0; r < R; ++r) partial[m][segment][r][gpu::lane()] = acc[m][r];
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < gpu::kMmaAcc; ++i) {
+          const int token = b * gpu::kMmaTokens + gpu::mma_token(i % gpu::kMmaToks);
+          if (token < count) out[token][h * 16 + gpu::mma_row(i / gpu::kMmaToks)] = acc[h][b][i];
+        }
+      }
     }
   };
   if constexpr (MaxRows == 1) {
@@ -168,7 +359,8 @@ __device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int grou
       default:
         break;
     }
-    if constexpr (gpu::kMmaFromRows > 3) {
+    if constexpr (gpu::kMmaFromRows > 3 && MaxRows <= 4) {  // beside matrix instructions scalar registers are short
+      static_assert(gpu::kMmaFromRows <= 5, "dot products of at most four rows");
       switch (count) {
         case 3:
           dot(std::integral_constant<int, 3>{});
@@ -176,42 +368,80 @@ __device__ inline void tile_segments(const TileView<F> (&tiles)[Tiles], int grou
         case 4:
           dot(std::integral_constant<int, 4>{});
           return;
-        case 5:
-          dot(std::integral_constant < int, MaxRows<5 ? MaxRows : 5>{});
-          return;
         default:
           break;
       }
     }
-    if constexpr (MaxRows >= gpu::kMmaFromRows) {
-#pragma unroll
-      for (int m = 0; m < Tiles; ++m) {
+    if constexpr (MaxRows >= gpu::kMmaFromRows || MaxRows > 4) {
+      if constexpr (MaxRows <= gpu::kMmaTokens) {
+        mma(std::integral_constant<int, 1>{});
+      } else {
         if (count <= gpu::kMmaTokens) {
-          mma_segment<F, 1>(tiles[m], g0, g1, x, row_of, count, partial[m][segment]);
+          mma(std::integral_constant<int, 1>{});
         } else {
-          mma_segment<F, (kFewRows + gpu::kMmaTokens - 1) / gpu::kMmaTokens>(tiles[m], g0, g1, x, row_of, count,
-                                                                             partial[m][segment]);
+          mma(std::integral_constant<int, (kFewRows + gpu::kMmaTokens - 1) / gpu::kMmaTokens>{});
         }
       }
     }
   }
 }
 
-// Asks for the wave's segment of a tile in one go, so that reading it in pieces finds it near.
-template <typename F>
-__device__ inline void prefetch_segment(const TileView<F>& tile, int groups) {
-  const int per = segment_groups(groups);
-  const int g0 = min(gpu::wave() * per, groups), g1 = min(g0 + per, groups);
-  gpu::prefetch(tile.group_quants(g0), (g1 - g0) * F::kQuantBytes);
-  gpu::prefetch(tile.group_scales(g0), (g1 - g0) * kTile * F::kHalves * 2);
+// Rows row_of(0) .. row_of(count - 1) of x (at most `most`), the wave's segment alone: copied to the wave's own shared
+// memory at lds (NVIDIA, room given), there rows 0 .. count - 1, or left where they are.
+__host__ __device__ inline int act_stride(int groups) { return groups * 32 + 16; }  // rows in different banks
+__host__ __device__ inline int act_bytes(int groups) {
+  return act_stride(groups) + groups * static_cast<int>(sizeof(GroupScale));
+}
+
+template <typename RowOf>
+__device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
+  const int groups = span.g1 - span.g0, all = static_cast<int>(x.n / 32);
+  constexpr int kTogether = 4;
+  int8_t* q = reinterpret_cast<int8_t*>(lds);
+  GroupScale* scale = reinterpret_cast<GroupScale*>(lds + most * act_stride(groups));
+  for (int r0 = 0; r0 < count; r0 += kTogether) {
+    for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
+      int4 v[kTogether];
+      GroupScale s[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int row = row_of(min(r0 + j, count - 1)) * all + span.g0;
+        v[j] = reinterpret_cast<const int4*>(x.q)[static_cast<int64_t>(row) * 2 + i];
+        if (i < groups) s[j] = x.scale[row + i];
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (r0 + j >= count) break;
+        *reinterpret_cast<int4*>(q + (r0 + j) * act_stride(groups) + i * 16) = v[j];
+        if (i < groups) scale[(r0 + j) * groups + i] = s[j];
+      }
+    }
+  }
+  gpu::wave_sync();
+  return {q, scale, act_stride(groups), groups};
 }
 
 // The runs added in order: output `column` of the tile for row r.
 template <int Rows>
 __device__ inline float add_segments(const Partial<Rows>& partial, int segments, int r, int column) {
   float sum = kEmptySum;
-  for (int s = 0; s < segments; ++s) sum += partial[s][r][column];
+#pragma unroll
+  for (int s = 0; s < kSegments; ++s) {
+    if (s < segments) sum += partial[s][r][column];
+  }
   return sum;
 }
+
+// What a wave of the few-row kernels needs of shared memory beside what they declare: ring, activations of its segment.
+// NVIDIA only.
+struct WaveMemory {
+  int ring_bytes = 0;
+  int acts = 0;     // rows of activations beside the ring; 0: they are in it or stay where they are
+  int segment = 0;  // groups of a segment
+
+  __host__ __device__ int wave_bytes() const { return ring_bytes + (acts * act_bytes(segment) + 15) / 16 * 16; }
+  __device__ uint8_t* ring(uint8_t* block, int wave) const { return block + wave * wave_bytes(); }
+  __device__ uint8_t* act_rows(uint8_t* block, int wave) const { return ring(block, wave) + ring_bytes; }
+};
 
 }  // namespace dflash::hip

@@ -5,6 +5,7 @@
 // Host side: errors as exceptions, memory, streams, events, graphs, launches.
 // Device side: lanes, shuffles, dot products of four bytes, matrix instructions, scalar conversions.
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -34,11 +35,52 @@ inline constexpr Status kOutOfMemory = GPU_API(ErrorMemoryAllocation);
 
 inline std::string describe(Status s) { return cat(GPU_API(GetErrorName)(s), " (", GPU_API(GetErrorString)(s), ")"); }
 
+// Errors after which the runtime refuses every call until the process ends: a kernel faulted, or the driver reset the
+// device. HIP uses CUDA's numbers.
+inline bool is_lost(Status s) {
+  switch (static_cast<int>(s)) {
+    case 214:  // uncorrectable ECC error
+    case 700:  // illegal address
+    case 702:  // launch timeout
+    case 709:  // context destroyed
+    case 710:  // assert
+    case 714:  // hardware stack error
+    case 715:  // illegal instruction
+    case 716:  // misaligned address
+    case 717:  // invalid address space
+    case 718:  // invalid program counter
+    case 719:  // launch failure
+    case 999:  // unknown: what is left after a reset
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The first such error, or kOk. One for the process, because the device's context is.
+inline std::atomic<int>& lost_status() {
+  static std::atomic<int> status{static_cast<int>(kOk)};
+  return status;
+}
+
+// What every call says from then on; "" while the device is there.
+inline std::string lost_message() {
+  const int status = lost_status();
+  if (status == static_cast<int>(kOk)) return "";
+  return cat("GPU: the device was lost: ", describe(static_cast<Status>(status)),
+             ". Close what uses it; backend='cpu' goes on working, and a new process can use the GPU again.");
+}
+
+// Throws for an error, and for every call once the device is lost.
 inline void check(Status s, const char* what) {
-  if (s == kOk) return;
+  if (s == kOk && lost_status() == static_cast<int>(kOk)) return;
   (void)GPU_API(GetLastError)();
-  fail("GPU: ", what, " failed: ", describe(s),
-       ". If kernels failed or the device was lost, drop every model on it and load again, or use backend='cpu'.");
+  int none = static_cast<int>(kOk);
+  if (is_lost(s)) (void)lost_status().compare_exchange_strong(none, static_cast<int>(s));
+  const std::string lost = lost_message();
+  if (!lost.empty()) throw Error(lost);
+  if (s == kOutOfMemory) throw CapacityError(cat("GPU: out of memory in ", what));
+  fail("GPU: ", what, " failed: ", describe(s));
 }
 
 #define GPU_CHECK(call) ::dflash::gpu::check(GPU_API(call), #call)
@@ -84,6 +126,23 @@ inline DeviceInfo device_info(int device) {
   return info;
 }
 
+// 11.5 for gfx1151, 9.0 for sm_90.
+struct Architecture {
+  int major = 0, minor = 0;
+};
+
+inline Architecture architecture(int device) {
+  Architecture a;
+#if defined(DFLASH_GPU_HIP)
+  GPU_CHECK(DeviceGetAttribute(&a.major, hipDeviceAttributeComputeCapabilityMajor, device));
+  GPU_CHECK(DeviceGetAttribute(&a.minor, hipDeviceAttributeComputeCapabilityMinor, device));
+#else
+  GPU_CHECK(DeviceGetAttribute(&a.major, cudaDevAttrComputeCapabilityMajor, device));
+  GPU_CHECK(DeviceGetAttribute(&a.minor, cudaDevAttrComputeCapabilityMinor, device));
+#endif
+  return a;
+}
+
 inline void* host_alloc(size_t bytes) {
   void* p = nullptr;
 #if defined(DFLASH_GPU_HIP)
@@ -125,19 +184,32 @@ inline GraphExec end_capture(Stream s) {
   return exec;
 }
 
+template <typename... P, typename... A>
+void launch_shared(Stream stream, dim3 grid, unsigned threads, size_t shared, void (*kernel)(P...), A&&... args);
+
 // Queues kernel<<<grid, threads>>>(args...). On NVIDIA the launch may begin before its predecessor ends; every kernel
 // therefore starts with wait_for_previous().
 template <typename... P, typename... A>
 void launch(Stream stream, dim3 grid, unsigned threads, void (*kernel)(P...), A&&... args) {
+  launch_shared(stream, grid, threads, 0, kernel, std::forward<A>(args)...);
+}
+
+// The same with bytes of shared memory beside what the kernel declares.
+template <typename... P, typename... A>
+void launch_shared(Stream stream, dim3 grid, unsigned threads, size_t shared, void (*kernel)(P...), A&&... args) {
 #if defined(DFLASH_GPU_HIP)
-  kernel<<<grid, dim3(threads), 0, stream>>>(static_cast<P>(std::forward<A>(args))...);
+  kernel<<<grid, dim3(threads), shared, stream>>>(static_cast<P>(std::forward<A>(args))...);
 #else
+  if (shared > 0) {
+    GPU_CHECK(FuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
@@ -157,6 +229,14 @@ __device__ inline void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The other way round: waits first. Then the next kernel may, before it waits itself, read what was complete here.
+__device__ inline void wait_then_release() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -272,14 +352,14 @@ __device__ inline int load_fresh(const int* p) {
 // ---- device: bytes and numbers
 // -----------------------------------------------------------------------------------------
 
-// Reads data that this kernel uses once, past the small caches.
+// Reads data that this kernel uses once: past the small caches on AMD, from where copies brought it on NVIDIA.
 __device__ inline uint4 load_once(const uint8_t* p) {
 #if defined(DFLASH_GPU_HIP)
   typedef unsigned int u32x4 __attribute__((ext_vector_type(4)));
   const u32x4 v = __builtin_nontemporal_load(reinterpret_cast<const u32x4*>(p));
   return make_uint4(v.x, v.y, v.z, v.w);
 #else
-  return __ldcs(reinterpret_cast<const uint4*>(p));
+  return *reinterpret_cast<const uint4*>(p);
 #endif
 }
 
@@ -326,20 +406,22 @@ __device__ inline int dot4(int a, int b, int c) {
 // Rows of activations from which the matrix instructions are used; below, dot4 is at least as fast. The results are
 // the same bits either way.
 #if defined(DFLASH_GPU_HIP)
-inline constexpr int kMmaFromRows = 6;
-inline constexpr int kMmaUnroll = 1;   // groups in a loop body
-inline constexpr int kTileBlocks = 1;  // __launch_bounds__' second number for the tile and attention kernels
+inline constexpr int kMmaFromRows = 5;  // five rows of activations are too many for the scalar registers
+inline constexpr int kMmaUnroll = 1;    // groups in a loop body
+inline constexpr int kTileBlocks = 1;   // __launch_bounds__' second number for the tile and attention kernels
 inline constexpr int kAttentionUnroll =
     1;  // steps over head_dim in a loop body; unrolled, they need too many registers
 inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
 inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
+inline constexpr int kHalfTokens = 32;  // tokens a block of the kernels for many rows takes
 #else
 inline constexpr int kMmaFromRows = 3;
-inline constexpr int kMmaUnroll = 4;
+inline constexpr int kMmaUnroll = 3;
 inline constexpr int kTileBlocks = 2;
 inline constexpr int kAttentionUnroll = 2;
-inline constexpr int kDotAhead[] = {4, 1};
+inline constexpr int kDotAhead[] = {3, 3};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
+inline constexpr int kHalfTokens = 64;
 #endif
 inline constexpr int kMmaAcc = kMmaRows * kMmaToks;
 
@@ -454,5 +536,97 @@ __device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs
 }
 
 #endif
+
+// ---- decode: weights on their way to a wave -------------------------------------------------------------------------
+// NVIDIA: a wave has its weights copied to shared memory, far ahead and before the kernel waits for its predecessor (by
+// its lanes: the bulk copy engine takes some 40 ns a copy, too long for pieces of 2 KB). AMD reads them from global
+// memory into registers a few groups ahead; there is no such copy on gfx11.
+
+#if defined(DFLASH_GPU_HIP)
+inline constexpr bool kStaged = false;
+inline constexpr bool kTakeIn = false;  // attention takes q, k, v in: there the scalar registers do not suffice
+inline constexpr size_t kSharedMost = size_t{64} << 10;  // shared memory a block may ask for
+#else
+inline constexpr bool kStaged = true;
+inline constexpr bool kTakeIn = true;
+inline constexpr size_t kSharedMost = size_t{226} << 10;
+#endif
+
+// Blocks of a few-row kernel that should fit a multiprocessor at a time, by the rows it is made for: with few rows room
+// is left for the next kernel, whose copies then begin early. (AMD: what registers and shared memory give.)
+constexpr int few_blocks(int rows) {
+#if defined(DFLASH_GPU_HIP)
+  return rows > 0 ? 1 : 0;
+#else
+  return rows == 1 ? 4 : 2;
+#endif
+}
+
+// Blocks of a kernel whose blocks take work until none is left, by the rows it works on.
+constexpr int blocks_per_unit(int rows) {
+#if defined(DFLASH_GPU_HIP)
+  return rows > 0 ? 4 : 0;
+#else
+  return rows == 1 ? 3 : 2;
+#endif
+}
+
+inline int compute_units() {
+  int units = 0;
+#if defined(DFLASH_GPU_HIP)
+  GPU_CHECK(DeviceGetAttribute(&units, hipDeviceAttributeMultiprocessorCount, 0));
+#else
+  GPU_CHECK(DeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, 0));
+#endif
+  return units;
+}
+
+// A lane begins to copy N bytes (8 or 16, aligned) to shared memory.
+template <int N>
+__device__ inline void copy_begin([[maybe_unused]] void* to, [[maybe_unused]] const void* from) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (N == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+  }
+#endif
+}
+
+// What was begun since the last call is one batch.
+__device__ inline void copy_commit() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// By a wave: waits until at most Later of its batches, the last ones, are still on their way.
+template <int Later>
+__device__ inline void copy_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
+  __syncwarp();
+#endif
+}
+
+// The largest and the smallest v of a wave.
+__device__ inline uint32_t wave_most(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  for (int m = kWave / 2; m > 0; m >>= 1) v = max(v, shuffle_xor(v, m));
+  return v;
+#else
+  return __reduce_max_sync(0xffffffffu, v);
+#endif
+}
+
+__device__ inline uint32_t wave_least(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  for (int m = kWave / 2; m > 0; m >>= 1) v = min(v, shuffle_xor(v, m));
+  return v;
+#else
+  return __reduce_min_sync(0xffffffffu, v);
+#endif
+}
 
 }  // namespace dflash::gpu

@@ -1,14 +1,15 @@
 #include "backend/hip/hip_backend.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 
+#include "backend/hip/architecture.h"
 #include "backend/hip/device_memory.h"
+#include "backend/hip/few_rows.h"
 #include "backend/hip/kernels.h"
+#include "backend/hip/sampling.h"
+#include "backend/hip/weight_upload.h"
 
 namespace dflash {
 
@@ -21,14 +22,6 @@ constexpr const char* kName = "hip";
 #else
 constexpr const char* kName = "cuda";
 #endif
-
-// The pages of a mapped file that [p, p + bytes) covers whole.
-void advise(const char* p, size_t bytes, int advice) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
-  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, advice);
-}
 
 class HipBackend final : public Backend {
  public:
@@ -53,9 +46,12 @@ class HipBackend final : public Backend {
                ", int8 activations");
   }
 
+  bool asynchronous() const override { return true; }
+
   MemoryInfo memory() const override {
     MemoryInfo m;
     GPU_CHECK(MemGetInfo(&m.free, &m.total));
+    if (info_.integrated) m.hint = kMoreMemory;
     return m;
   }
 
@@ -70,6 +66,8 @@ class HipBackend final : public Backend {
   }
 
   void upload(void* dst, const void* src, size_t bytes) override {
+    if (pending_.waiting) begin_op();
+    if (bytes <= kSmallUpload) return launch_store(stream_, dst, src, bytes);
     char* to = static_cast<char*>(dst);
     const char* from = static_cast<const char*>(src);
     while (bytes > 0) {
@@ -85,6 +83,7 @@ class HipBackend final : public Backend {
   }
 
   void download(void* dst, const void* src, size_t bytes) override {
+    if (pending_.waiting) begin_op();
     char* to = static_cast<char*>(dst);
     const char* from = static_cast<const char*>(src);
     while (bytes > 0) {
@@ -101,35 +100,20 @@ class HipBackend final : public Backend {
   }
 
   Weight load(const HostTensor& t, std::shared_ptr<const void> keep_alive) override {
-    Weight w = make_weight(t.type, t.n_in, t.n_out, t.n_expert);
-    if (load_ring_ == nullptr) load_ring_ = std::make_unique<PinnedRing>(2, kLoadChunk);
     (void)keep_alive;  // the bytes are copied
-    const char* from = static_cast<const char*>(t.data);
-    const size_t row = row_bytes(t.type, t.n_in);
-    const int64_t rows = t.n_out * t.n_expert;
-    const int64_t step = std::max<int64_t>(1, static_cast<int64_t>(kLoadChunk / row));
-    if (row > kLoadChunk) fail("GPU: a row of ", t.name, " has ", row, " bytes; at most ", kLoadChunk);
-    const TiledWeight tiles = tiled(w);
-    if (is_quantized(t.type) && load_raw_ == nullptr) load_raw_ = device_alloc(kLoadChunk, "loading");
-    for (int64_t r = 0; r < rows; r += step) {
-      const int64_t n = std::min(step, rows - r);
-      const size_t bytes = static_cast<size_t>(n) * row;
-      void* slot = load_ring_->acquire();
-      // Read ahead in large pieces, and give the pages back at once: on unified memory a model must not be resident
-      // twice. Both are hints that are safe for any memory.
-      const char* piece = from + static_cast<size_t>(r) * row;
-      advise(piece + bytes, static_cast<size_t>(std::min(step, rows - r - n)) * row, MADV_WILLNEED);
-      std::memcpy(slot, piece, bytes);
-      advise(piece, bytes, MADV_PAGEOUT);
-      void* to = is_quantized(t.type) ? load_raw_.get() : static_cast<char*>(data_of(w)) + static_cast<size_t>(r) * row;
-      gpu::copy_to_device(to, slot, bytes, stream_);
-      load_ring_->release(stream_);
-      if (is_quantized(t.type)) {
-        launch_repack(stream_, t.type, to, r, n, t.n_out, t.n_in, const_cast<uint8_t*>(tiles.quants),
-                      const_cast<uint16_t*>(tiles.scales));
-      }
-    }
+    const Weight w = make_weight(t.type, t.n_in, t.n_out, t.n_expert);
+    if (upload_ == nullptr) upload_ = std::make_unique<WeightUpload>(stream_);
+    upload_->load(t, w);
     return w;
+  }
+
+  size_t weight_bytes(const HostTensor& t) const override {
+    return device_weight_bytes(t.type, t.n_in, t.n_out, t.n_expert);
+  }
+
+  void loaded() override {
+    GPU_CHECK(StreamSynchronize(stream_));
+    upload_.reset();
   }
 
   Weight random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) override {
@@ -167,7 +151,11 @@ class HipBackend final : public Backend {
     begin_op();
     const MatmulOut out{&w, y};
     if (quantized && is_quantized(w.type)) {
-      run_tiled(&out, 1, quant_rows(rows, w.n_in), rows, true);
+      if (rows > kFewRows) {
+        run_tiled(&out, 1, half_rows(Scratch::kQuant, rows, w.n_in, true), rows, true);
+      } else {
+        run_tiled(&out, 1, quant_rows(rows, w.n_in), rows, true);
+      }
     } else {
       multiply(x, nullptr, 0.0f, rows, &out, 1, true);
     }
@@ -175,39 +163,80 @@ class HipBackend final : public Backend {
 
   void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) override {
     begin_op();
-    launch_qkv_post(stream_, p, step.rows, position(step), q, k, v, kv);
+    if (q != nullptr && attention_can_take_in(p, step.rows)) {
+      pending_ = {true, p, step, q, k, v, kv};
+    } else {
+      launch_qkv_post(stream_, p, step.rows, position(step), q, k, v, kv);
+    }
   }
 
   void attention(const Attention& a, Step step, const float* q, const KvLayer& kv, float* out) override {
+    TakeIn in;
+    if (pending_.waiting && pending_.q == q && pending_.kv.k == kv.k && pending_.step.pos0 == step.pos0 &&
+        pending_.step.rows == step.rows && pending_.post.n_head == a.n_head) {
+      in = {pending_.post, pending_.k, pending_.v};
+      pending_.waiting = false;
+    }
     begin_op();
+    if (attention_many_takes(a, step.rows, kv)) {
+      const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
+      launch_attention_many(stream_, a, step.rows, position(step), q, kv, out,
+                            half_rows(Scratch::kQuant, step.rows, n, true));
+      left_quantized(out, step.rows, n);
+      return;
+    }
     const int n_keys = in_step_ ? std::min(step_keys_, kv.n_ctx) : step.pos0 + step.rows;
     float* partials = scratch<float>(Scratch::kPartials, attention_scratch_bytes(a, step.rows, n_keys));
     const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
     const MutableQuantRows quant = mutable_quant(Scratch::kQuant, step.rows, n);
-    launch_attention(stream_, a, step.rows, position(step), n_keys, q, kv, partials, attention_arrived(), out, quant);
-    quantized_x_ = out;
-    quantized_rows_ = step.rows;
-    quantized_n_ = n;
+    launch_attention(stream_, a, step.rows, position(step), n_keys, q, kv, in, partials, attention_arrived(), out,
+                     quant);
+    if (step.rows <= kFewRows) left_quantized(out, step.rows, n);
   }
 
   void moe(const Moe& m, int rows, float* x) override {
     begin_op();
     const int64_t n_embd = m.router->n_in;
-    const bool tiled_experts = is_quantized(m.gate->type);
+    const bool tiled_experts = is_quantized(m.gate->type), many = tiled_experts && rows > kFewRows;
     float* h = nullptr;
-    if (route_needs_hidden(m, rows)) h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
-    const MutableQuantRows hq = tiled_experts ? mutable_quant(Scratch::kQuant, rows, n_embd) : MutableQuantRows{};
+    if (route_needs_hidden(m, rows))
+      h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
     float* logits = scratch<float>(Scratch::kLogits, static_cast<size_t>(rows) * m.n_expert * sizeof(float));
     const Routing r = routing(rows, m.top_k, m.n_expert);
-    launch_route(stream_, m, x, h, hq, logits, r);
     ++calls_;
-    experts(*m.gate, *m.up, *m.down, rows, r, h, x);
+    if (many) {
+      const HalfRows hh = half_rows(Scratch::kQuant, rows, n_embd, true);
+      launch_route_many(stream_, m, x, h, hh, logits, r);
+      experts_many(*m.gate, *m.up, *m.down, r, hh, x);
+      return;
+    }
+    const MutableQuantRows hq = tiled_experts ? mutable_quant(Scratch::kQuant, rows, n_embd) : MutableQuantRows{};
+    launch_route(stream_, m, x, h, hq, logits, r);
+    if (!experts_choose(rows, m.gate->type)) return experts(*m.gate, *m.up, *m.down, rows, r, h, x);
+    FewChoice c;
+    c.logits = logits;
+    c.bias = m.bias;
+    c.n_expert = m.n_expert;
+    c.rows = rows;
+    c.top_k = m.top_k;
+    c.distinct = distinct_slot();
+    check_alike(*m.gate, *m.up, *m.down);
+    const MutableQuantRows act = gate_up_few(*m.gate, *m.up, c);
+    launch_down_few(stream_, m.down->type, tiled(*m.down), rows_of(act, m.down->n_in), c, x);
   }
 
   void ffn(const Ffn& f, int rows, float* x) override {
     begin_op();
     const int64_t n_embd = f.gate->n_in;
     const bool tiled_experts = is_quantized(f.gate->type);
+    if (tiled_experts && rows > kFewRows) {
+      const HalfRows hh = half_rows(Scratch::kQuant, rows, n_embd, true);
+      launch_norm_half(stream_, x, f.norm, f.eps, rows, nullptr, hh);
+      const Routing r = routing(rows, 1, 1);
+      launch_route_dense(stream_, r);
+      experts_many(*f.gate, *f.up, *f.down, r, hh, x);
+      return;
+    }
     float* h = nullptr;
     MutableQuantRows hq;
     if (tiled_experts) {
@@ -216,6 +245,14 @@ class HipBackend final : public Backend {
       h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
     }
     launch_norm_quantize(stream_, x, f.norm, f.eps, rows, n_embd, h, hq);
+    if (experts_choose(rows, f.gate->type)) {
+      FewChoice c;
+      c.rows = rows;
+      check_alike(*f.gate, *f.up, *f.down);
+      const MutableQuantRows act = gate_up_few(*f.gate, *f.up, c);
+      const TiledOut out = {tiled(*f.down), x};
+      return launch_matmul(stream_, f.down->type, &out, 1, rows_of(act, f.down->n_in), rows, true);
+    }
     const Routing r = routing(rows, 1, 1);
     launch_route_dense(stream_, r);
     experts(*f.gate, *f.up, *f.down, rows, r, h, x);
@@ -228,10 +265,30 @@ class HipBackend final : public Backend {
 
   void top1(const float* logits, int rows, int64_t n, Top1* out) override {
     begin_op();
-    float* s = scratch<float>(Scratch::kTop1, top1_scratch_bytes(rows));
-    Top1* device_out = reinterpret_cast<Top1*>(reinterpret_cast<char*>(s) + top1_scratch_bytes(rows)) - rows;
-    launch_top1(stream_, logits, rows, n, s, device_out);
-    download(out, device_out, static_cast<size_t>(rows) * sizeof(Top1));
+    float* s = unrecorded<float>(Scratch::kTop1, top1_scratch_bytes(std::min(rows, kResultRows)));
+    for (int r = 0; r < rows; r += kResultRows) {
+      const int count = std::min(rows - r, kResultRows);
+      launch_top1(stream_, logits + r * n, count, n, s, static_cast<Top1*>(results_slot()));
+      read_results(out + r, static_cast<size_t>(count) * sizeof(Top1));
+    }
+  }
+
+  int sample(const Sampling& s, float* logits, int64_t n, int32_t* out) override {
+    begin_op();
+    const int rows = s.rows();
+    if (rows > kResultRows) fail("GPU: at most ", kResultRows, " rows are sampled at once, found ", rows);
+    const std::vector<char> inputs = pack_sampling(s);
+    char* device_inputs = unrecorded<char>(Scratch::kSamplingInputs, inputs.size());
+    void* work = unrecorded<char>(Scratch::kSampling, sampling_scratch_bytes(s));
+    upload(device_inputs, inputs.data(), inputs.size());
+    launch_sampling(stream_, s, logits, n, device_inputs, work, static_cast<int32_t*>(results_slot()));
+    read_results(out, static_cast<size_t>(rows) * sizeof(int32_t));
+    int drawn = 0;
+    do {
+      if (out[drawn] < 0) fail_all_forbidden();
+      ++drawn;
+    } while (drawn < rows && (s.all_rows || out[drawn - 1] == s.drafts[static_cast<size_t>(drawn) - 1]));
+    return drawn;
   }
 
   // ---- steps that repeat ----
@@ -279,9 +336,10 @@ class HipBackend final : public Backend {
 
   ExpertCount take_expert_count() override {
     ExpertCount c;
-    int distinct = 0;
-    download(&distinct, distinct_slot(), sizeof(int));
+    int distinct = distinct_read_;
+    if (calls_at_read_ != calls_) download(&distinct, distinct_slot(), sizeof(int));
     GPU_CHECK(MemsetAsync(distinct_slot(), 0, sizeof(int), stream_));
+    distinct_read_ = calls_at_read_ = 0;
     c.distinct = distinct;
     c.calls = calls_;
     calls_ = 0;
@@ -289,9 +347,9 @@ class HipBackend final : public Backend {
   }
 
  private:
-  static constexpr size_t kLoadChunk = size_t{32} << 20;
-  // position, distinct, then one for each tile of n_embd, then attention's
-  static constexpr int kTileCounters = 4094, kCounters = 2 + kTileCounters + kAttentionCounters;
+  // position; distinct, then results, which are read back with it; attention's
+  static constexpr int kResultRows = 256, kResults = kResultRows * static_cast<int>(sizeof(Top1) / sizeof(int));
+  static constexpr int kCounters = 2 + kResults + kAttentionCounters;
 
   struct Recording {
     bool warm = false;
@@ -300,18 +358,42 @@ class HipBackend final : public Backend {
   };
 
   // Every op starts here: what the op before left in scratch no longer counts.
-  void begin_op() { quantized_x_ = nullptr; }
+  void begin_op() {
+    quantized_x_ = nullptr;
+    if (pending_.waiting) {
+      pending_.waiting = false;
+      launch_qkv_post(stream_, pending_.post, pending_.step.rows, position(pending_.step), pending_.q, pending_.k,
+                      pending_.v, pending_.kv);
+    }
+    if (weights_on_their_way_) {  // kernels read weights before they wait for the kernels before them
+      GPU_CHECK(StreamSynchronize(stream_));
+      weights_on_their_way_ = false;
+    }
+  }
+  void left_quantized(const float* x, int rows, int64_t n) {
+    quantized_x_ = x;
+    quantized_rows_ = rows;
+    quantized_n_ = n;
+  }
 
   int* position_slot() const { return static_cast<int*>(counters_.get()); }
   int* distinct_slot() const { return static_cast<int*>(counters_.get()) + 1; }
-  int* arrived_slots() const { return static_cast<int*>(counters_.get()) + 2; }
+  void* results_slot() const { return static_cast<int*>(counters_.get()) + 2; }
+  int* attention_arrived() const { return static_cast<int*>(counters_.get()) + 2 + kResults; }
 
-  int* attention_arrived() const { return arrived_slots() + kTileCounters; }
+  // One wait brings what lies in results_slot() and the distinct experts counted so far.
+  void read_results(void* out, size_t bytes) {
+    int read[1 + kResults];
+    download(read, distinct_slot(), sizeof(int) + bytes);
+    std::memcpy(out, read + 1, bytes);
+    distinct_read_ = read[0];
+    calls_at_read_ = calls_;
+  }
 
   Position position(Step step) const {
     Position p;
     p.value = step.pos0;
-    if (in_step_) p.device = position_slot();
+    if (capturing_) p.device = position_slot();  // a kernel may look before those before it are done
     return p;
   }
 
@@ -330,6 +412,12 @@ class HipBackend final : public Backend {
     }));
   }
 
+  // For ops that are never part of a recorded step.
+  template <typename T>
+  T* unrecorded(Scratch::Name name, size_t bytes) {
+    return static_cast<T*>(scratch_.get(name, bytes, [&] { GPU_CHECK(StreamSynchronize(stream_)); }));
+  }
+
   static void* data_of(const Weight& w) { return const_cast<void*>(w.data); }
 
   Weight make_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert) {
@@ -338,13 +426,9 @@ class HipBackend final : public Backend {
     w.n_in = n_in;
     w.n_out = n_out;
     w.n_expert = n_expert;
-    size_t bytes = w.bytes();
-    if (is_quantized(type)) {
-      w.layout = kTiledLayout;
-      bytes = static_cast<size_t>(n_expert) * static_cast<size_t>((n_out + kTile - 1) / kTile * kTile) *
-              row_bytes(type, n_in);
-    }
-    std::shared_ptr<void> memory = device_alloc(bytes, "weights");
+    if (is_quantized(type)) w.layout = kTiledLayout;
+    std::shared_ptr<void> memory = device_alloc(device_weight_bytes(type, n_in, n_out, n_expert), "weights");
+    weights_on_their_way_ = true;
     w.data = memory.get();
     w.owner = std::move(memory);
     return w;
@@ -361,7 +445,13 @@ class HipBackend final : public Backend {
 
   QuantRows quant_rows(int64_t rows, int64_t n) { return rows_of(mutable_quant(Scratch::kQuant, rows, n), n); }
 
-  void run_tiled(const MatmulOut* outs, int n_outs, QuantRows x, int rows, bool add) {
+  // 16-bit rows of n in scratch, for more than kFewRows rows.
+  HalfRows half_rows(Scratch::Name name, int64_t rows, int64_t n, bool f16) {
+    return {scratch<uint16_t>(name, static_cast<size_t>(rows * n) * sizeof(uint16_t)), n, f16};
+  }
+
+  template <typename Rows>
+  void run_tiled(const MatmulOut* outs, int n_outs, Rows x, int rows, bool add) {
     for (int i = 0; i < n_outs;) {  // runs of one type share a launch
       const DType type = outs[i].w->type;
       TiledOut list[kMaxOuts];
@@ -376,20 +466,40 @@ class HipBackend final : public Backend {
 
   void multiply(const float* x, const float* norm, float eps, int rows, const MatmulOut* outs, int n_outs, bool add) {
     const int64_t n = outs[0].w->n_in;
-    bool any_tiled = false, any_float = false;
-    for (int i = 0; i < n_outs; ++i) (is_quantized(outs[i].w->type) ? any_tiled : any_float) = true;
+    bool any_tiled = false, any_float = false, one_type = n_outs <= kMaxOuts;
+    for (int i = 0; i < n_outs; ++i) {
+      (is_quantized(outs[i].w->type) ? any_tiled : any_float) = true;
+      one_type = one_type && outs[i].w->type == outs[0].w->type;
+    }
+    if (!any_float && one_type && matmul_can_norm(rows, n)) {
+      TiledOut list[kMaxOuts];
+      for (int i = 0; i < n_outs; ++i) list[i] = {tiled(*outs[i].w), outs[i].y};
+      return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, add);
+    }
     MutableQuantRows q;
+    HalfRows half;
+    const bool many = any_tiled && rows > kFewRows;
     const float* h = x;
     float* h_out = nullptr;
-    if (any_tiled) q = mutable_quant(Scratch::kQuant, rows, n);
+    if (many) {
+      half = half_rows(Scratch::kQuant, rows, n, norm != nullptr);
+    } else if (any_tiled) {
+      q = mutable_quant(Scratch::kQuant, rows, n);
+    }
     if (any_float && norm != nullptr) {
       h = h_out = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n) * sizeof(float));
     }
-    if (any_tiled || norm != nullptr) launch_norm_quantize(stream_, x, norm, eps, rows, n, h_out, q);
+    if (many) {
+      launch_norm_half(stream_, x, norm, eps, rows, h_out, half);
+    } else if (any_tiled || norm != nullptr) {
+      launch_norm_quantize(stream_, x, norm, eps, rows, n, h_out, q);
+    }
     for (int i = 0; i < n_outs;) {
       int end = i;
       while (end < n_outs && is_quantized(outs[end].w->type) == is_quantized(outs[i].w->type)) ++end;
-      if (is_quantized(outs[i].w->type)) {
+      if (is_quantized(outs[i].w->type) && many) {
+        run_tiled(outs + i, end - i, half, rows, add);
+      } else if (is_quantized(outs[i].w->type)) {
         run_tiled(outs + i, end - i, rows_of(q, n), rows, add);
       } else {
         for (int j = i; j < end; ++j) launch_float_matmul(stream_, *outs[j].w, h, rows, outs[j].y, add);
@@ -402,7 +512,7 @@ class HipBackend final : public Backend {
     Routing r;
     r.rows = rows;
     r.top_k = top_k;
-    r.chunk = rows <= 16 ? 16 : kManyTokens;
+    r.chunk = rows <= kFewRows ? kFewRows : kManyTokens;
     r.max_items = max_items(rows, top_k, n_expert, r.chunk);
     const size_t pairs = static_cast<size_t>(rows) * static_cast<size_t>(top_k);
     const size_t item_bytes = static_cast<size_t>(r.max_items) * sizeof(Item);
@@ -412,36 +522,50 @@ class HipBackend final : public Backend {
     r.pairs = reinterpret_cast<int*>(p + 64 + item_bytes);
     r.weights = reinterpret_cast<float*>(r.pairs + pairs);
     r.experts = reinterpret_cast<int*>(r.weights + pairs);
-    r.arrived = arrived_slots();
     r.distinct = distinct_slot();
     return r;
   }
 
-  // x += the experts' weighted sum. h [rows, n_embd] f32 (float experts) or its int8 groups in scratch.
+  // The same for more than kFewRows rows and quantised experts. h [rows, n_embd]
+  void experts_many(const Weight& gate, const Weight& up, const Weight& down, const Routing& r, HalfRows h, float* x) {
+    check_alike(gate, up, down);
+    const int64_t pairs = static_cast<int64_t>(r.rows) * r.top_k;
+    const HalfRows act = half_rows(Scratch::kActQuant, pairs, gate.n_out, false);
+    float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * down.n_out) * sizeof(float));
+    launch_gate_up_many(stream_, gate.type, tiled(gate), tiled(up), h, r, act);
+    launch_down_many(stream_, down.type, tiled(down), act, r, y, x);
+  }
+
+  // x += the float experts' weighted sum. h [rows, n_embd]
   void experts(const Weight& gate, const Weight& up, const Weight& down, int rows, const Routing& r, const float* h,
                float* x) {
-    const int64_t n_embd = down.n_out, n_ff = gate.n_out, pairs = static_cast<int64_t>(rows) * r.top_k;
+    const int64_t pairs = static_cast<int64_t>(rows) * r.top_k;
+    check_alike(gate, up, down);
+    float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * down.n_out) * sizeof(float));
+    float* act = scratch<float>(Scratch::kActFloat, static_cast<size_t>(pairs * gate.n_out) * sizeof(float));
+    launch_float_gate_up(stream_, gate, up, h, r, act);
+    launch_float_down(stream_, down, act, r, y, x);
+  }
+
+  static void check_alike(const Weight& gate, const Weight& up, const Weight& down) {
     if (gate.type != up.type || is_quantized(gate.type) != is_quantized(down.type)) {
       fail("GPU: gate, up and down must be quantised alike, not ", dtype_info(gate.type).name, ", ",
            dtype_info(up.type).name, " and ", dtype_info(down.type).name);
     }
-    if ((n_embd + kTile - 1) / kTile > kTileCounters) fail("GPU: n_embd ", n_embd, " is too large");
-    float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * n_embd) * sizeof(float));
-    if (!is_quantized(gate.type)) {
-      float* act = scratch<float>(Scratch::kActFloat, static_cast<size_t>(pairs * n_ff) * sizeof(float));
-      launch_float_gate_up(stream_, gate, up, h, r, act);
-      launch_float_down(stream_, down, act, r, y, x);
-      return;
-    }
-    const MutableQuantRows act = mutable_quant(Scratch::kActQuant, pairs, n_ff);
-    launch_gate_up(stream_, gate.type, tiled(gate), tiled(up), quant_rows(rows, gate.n_in), r, act);
-    launch_down(stream_, down.type, tiled(down), rows_of(act, n_ff), r, y, x);
+  }
+
+  // The int8 groups of silu(gate x) * up x for every pair, from the rows in kQuant.
+  MutableQuantRows gate_up_few(const Weight& gate, const Weight& up, const FewChoice& c) {
+    const MutableQuantRows act = mutable_quant(Scratch::kActQuant, static_cast<int64_t>(c.rows) * c.top_k, gate.n_out);
+    launch_gate_up_few(stream_, gate.type, tiled(gate), tiled(up), quant_rows(c.rows, gate.n_in), c, act);
+    return act;
   }
 
   gpu::DeviceInfo info_;
   gpu::Stream stream_ = nullptr;
-  std::unique_ptr<PinnedRing> ring_, load_ring_;
-  std::shared_ptr<void> load_raw_, counters_;
+  std::unique_ptr<PinnedRing> ring_;
+  std::unique_ptr<WeightUpload> upload_;  // while weights are loaded
+  std::shared_ptr<void> counters_;
   Scratch scratch_;
 
   // Whose int8 groups lie in kQuant: attention leaves those of its output for the matmul_add that follows.
@@ -449,25 +573,50 @@ class HipBackend final : public Backend {
   int quantized_rows_ = 0;
   int64_t quantized_n_ = 0;
 
+  // A qkv_post that the attention after it takes over; any other call sends it off by itself.
+  struct PendingQkv {
+    bool waiting = false;
+    QkvPost post;
+    Step step;
+    float* q = nullptr;
+    float* k = nullptr;
+    const float* v = nullptr;
+    KvLayer kv;
+  };
+  PendingQkv pending_;
+
   std::map<std::pair<uint64_t, int>, Recording> recordings_;
   std::pair<uint64_t, int> current_;
-  bool in_step_ = false, capturing_ = false;
+  bool in_step_ = false, capturing_ = false, weights_on_their_way_ = false;
   int step_keys_ = 0;
   int64_t calls_ = 0, calls_at_begin_ = 0;
+  int64_t calls_at_read_ = 0;  // calls_ when distinct_read_ was read
+  int distinct_read_ = 0;
 };
 
 }  // namespace
 
+namespace {
+
+std::string unsupported(gpu::Architecture a) { return architecture_problem(DFLASH_GPU_ARCHS, a.major, a.minor); }
+
+}  // namespace
+
 std::string hip_backend_status() {
+  const std::string lost = gpu::lost_message();
+  if (!lost.empty()) return lost;
   gpu::Status why = gpu::kOk;
   const int n = gpu::device_count(&why);
   if (why != gpu::kOk) return cat("no usable GPU driver: ", gpu::describe(why));
   if (n == 0) return "no GPU found";
-  std::string reason;
-  if (!device_runs_kernels(&reason)) {
-    return cat("this build has no kernels for the GPU here: ", reason, ". Build with its architecture (-DDFLASH_GPU_ARCH=...)");
+  try {
+    std::string reason = unsupported(gpu::architecture(0));
+    if (reason.empty() && device_runs_kernels(&reason)) return "";
+    return cat("this build has no kernels for the GPU here: ", reason,
+               "; build with its architecture (-DDFLASH_GPU_ARCH=...)");
+  } catch (const Error& e) {
+    return e.what();
   }
-  return "";
 }
 
 std::unique_ptr<Backend> make_hip_backend(const BackendOptions& options) {

@@ -68,11 +68,11 @@ void* find(const char* name) {
 
 }  // namespace
 
-#define PASS_ON(result, absent, name, parameters, arguments)               \
-  extern "C" result name parameters {                                      \
+#define PASS_ON(result, absent, name, parameters, arguments)                            \
+  extern "C" result name parameters {                                                   \
     static const auto pass_on_to = reinterpret_cast<result(*) parameters>(find(#name)); \
-    if (pass_on_to == nullptr) return absent;                              \
-    return pass_on_to arguments;                                           \
+    if (pass_on_to == nullptr) return absent;                                           \
+    return pass_on_to arguments;                                                        \
   }
 #define PASS_STATUS(name, parameters, arguments) PASS_ON(hipError_t, hipErrorNoDevice, name, parameters, arguments)
 
@@ -91,22 +91,22 @@ PASS_STATUS(hipHostMalloc, (void** p, size_t n, unsigned flags), (p, n, flags))
 PASS_STATUS(hipHostFree, (void* p), (p))
 PASS_STATUS(hipMemcpyAsync, (void* d, const void* s, size_t n, hipMemcpyKind k, hipStream_t q), (d, s, n, k, q))
 PASS_STATUS(hipMemsetAsync, (void* d, int v, size_t n, hipStream_t q), (d, v, n, q))
-PASS_STATUS(hipStreamCreateWithFlags, (hipStream_t* q, unsigned flags), (q, flags))
+PASS_STATUS(hipStreamCreateWithFlags, (hipStream_t * q, unsigned flags), (q, flags))
 PASS_STATUS(hipStreamSynchronize, (hipStream_t q), (q))
 PASS_STATUS(hipStreamDestroy, (hipStream_t q), (q))
 PASS_STATUS(hipStreamBeginCapture, (hipStream_t q, hipStreamCaptureMode m), (q, m))
 PASS_STATUS(hipStreamEndCapture, (hipStream_t q, hipGraph_t* g), (q, g))
-PASS_STATUS(hipGraphInstantiate, (hipGraphExec_t* e, hipGraph_t g, hipGraphNode_t* n, char* log, size_t bytes),
+PASS_STATUS(hipGraphInstantiate, (hipGraphExec_t * e, hipGraph_t g, hipGraphNode_t* n, char* log, size_t bytes),
             (e, g, n, log, bytes))
 PASS_STATUS(hipGraphDestroy, (hipGraph_t g), (g))
 PASS_STATUS(hipGraphLaunch, (hipGraphExec_t e, hipStream_t q), (e, q))
 PASS_STATUS(hipGraphExecDestroy, (hipGraphExec_t e), (e))
-PASS_STATUS(hipEventCreateWithFlags, (hipEvent_t* e, unsigned flags), (e, flags))
+PASS_STATUS(hipEventCreateWithFlags, (hipEvent_t * e, unsigned flags), (e, flags))
 PASS_STATUS(hipEventRecord, (hipEvent_t e, hipStream_t q), (e, q))
 PASS_STATUS(hipEventSynchronize, (hipEvent_t e), (e))
 PASS_STATUS(hipEventElapsedTime, (float* ms, hipEvent_t a, hipEvent_t b), (ms, a, b))
 PASS_STATUS(hipEventDestroy, (hipEvent_t e), (e))
-PASS_STATUS(hipFuncGetAttributes, (hipFuncAttributes* a, const void* f), (a, f))
+PASS_STATUS(hipFuncGetAttributes, (hipFuncAttributes * a, const void* f), (a, f))
 PASS_STATUS(hipLaunchKernel, (const void* f, dim3 grid, dim3 block, void** args, size_t lds, hipStream_t q),
             (f, grid, block, args, lds, q))
 PASS_STATUS(__hipPushCallConfiguration, (dim3 grid, dim3 block, size_t lds, hipStream_t q), (grid, block, lds, q))

@@ -3,6 +3,7 @@
 
 #include "backend/backend.h"
 #include "backend/hip/layout.h"
+#include "backend/hip/norm_rows.h"
 
 namespace dflash::hip {
 
@@ -22,6 +23,9 @@ struct MutableQuantRows {
 };
 void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, float eps, int rows, int64_t n, float* y,
                           MutableQuantRows q);
+unsigned norm_threads(int64_t n);  // of a block of norm_quantize and qkv_post
+// Whether a rotation's other half is in the same wave when a lane has four elements.
+bool rotates_by_quads(const QkvPost& p);
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
                      const KvLayer& kv);
 
@@ -34,6 +38,10 @@ struct TiledOut {
   float* y = nullptr;  // [rows, n_out]
 };
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add);
+
+// The same of rms_norm(x.x, x.norm) for one row, which saves a launch.
+bool matmul_can_norm(int rows, int64_t n_in);
+void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, bool add);
 
 // y (+)= w * x for F32, F16 and BF16 weights in their GGUF rows, f32 activations.
 void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, float* y, bool add);
@@ -51,7 +59,6 @@ struct Routing {
   int* pairs = nullptr;      // [rows * top_k] pair numbers, sorted by expert
   float* weights = nullptr;  // [rows * top_k] by pair number
   int* experts = nullptr;    // [rows * top_k] by pair number
-  int* arrived = nullptr;    // counters, zero between launches
   int* distinct = nullptr;   // [1] sum of distinct experts, for take_expert_count
 };
 inline int max_items(int rows, int top_k, int n_expert, int chunk) {
@@ -59,44 +66,86 @@ inline int max_items(int rows, int top_k, int n_expert, int chunk) {
   return rows <= chunk ? (pairs < n_expert ? pairs : n_expert) : pairs / chunk + n_expert;
 }
 
-// h = rms_norm(x), its int8 groups (where hq is not null), logits [rows, n_expert] = router * h, then the choice and
-// the grouping. h [rows, n_embd] is written where it is given; it must be when route_needs_hidden().
+// Few rows of quantised experts: their kernels take the logits and choose for themselves.
+bool experts_choose(int rows, DType type);
+
+// h = rms_norm(x), its int8 groups (where hq is not null), logits [rows, n_expert] = router * h; then, unless
+// experts_choose(), the choice and the grouping. h [rows, n_embd] is written where it is given; it must be when
+// route_needs_hidden().
 bool route_needs_hidden(const Moe& m, int rows);
+// The choice and the grouping alone.
+void launch_choose(gpu::Stream s, const Moe& m, const float* logits, Routing r);
 void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r);
 // The one expert of a dense feed-forward: every row, weight 1.
 void launch_route_dense(gpu::Stream s, Routing r);
 
+// experts_few.hip. Whose choice: logits null stands for the one expert of a dense feed-forward.
+struct FewChoice {
+  const float* logits = nullptr;  // [rows, n_expert]
+  const float* bias = nullptr;    // [n_expert] or null
+  int n_expert = 1, rows = 0, top_k = 1;
+  int* distinct = nullptr;  // [1] sum of distinct experts, for take_expert_count
+};
 // act[pair] = int8 groups of silu(gate x[row]) * up x[row].  x [rows, n_embd], act [pairs, n_ff]
-void launch_gate_up(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
-                    const Routing& r, MutableQuantRows act);
-// y[pair] = down act[pair]; x[row] += sum over slots, in order, of weight * y.  y [pairs, n_embd]
-void launch_down(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const Routing& r, float* y,
-                 float* x);
-// The same two for float weights and activations: act, y f32; any number of rows.
+void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
+                        const FewChoice& c, MutableQuantRows act);
+// x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
+void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
+
+// The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,
                           float* act);
 void launch_float_down(gpu::Stream s, const Weight& down, const float* act, const Routing& r, float* y, float* x);
 void launch_add_experts(gpu::Stream s, const Routing& r, const float* y, int64_t n, float* x);
 
-// matmul_many.hip: more than kFewRows rows
-void launch_matmul_many(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add);
-void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
-                         const Routing& r, MutableQuantRows act);
-void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const Routing& r, float* y);
-inline constexpr int kManyTokens = 64;  // tokens of a tile there
+// ---- matmul_many.hip, moe_many.hip, attention_many.hip: more than kFewRows rows
+// Rows of 16-bit floats [rows, n], the groups of 32 in the order gpu::half_slot(): f16 where a norm or attention bounds
+// them, else bf16 (always for the SwiGLU product, which f16 does not hold).
+struct HalfRows {
+  uint16_t* v = nullptr;
+  int64_t n = 0;
+  bool f16 = false;
+};
+inline constexpr int kManyTokens = gpu::kHalfTokens;  // tokens of a block there, at most
+// out = rms_norm(x, norm), or x where norm is null; y the same in f32 where it is given. n a multiple of 32
+void launch_norm_half(gpu::Stream s, const float* x, const float* norm, float eps, int rows, float* y, HalfRows out);
+void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, HalfRows x, int rows, bool add);
+// As launch_route, launch_gate_up and launch_down; h is always written.
+void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, HalfRows hh, float* logits, Routing r);
+void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, HalfRows x,
+                         const Routing& r, HalfRows act);
+void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRows act, const Routing& r, float* y,
+                      float* x);
+// Whether attention_many.hip serves these rows: more than kFewRows over an f16 or q8_0 cache, head_dim 32, 64 or 128.
+bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv);
+// out [rows, n_head * head_dim] and the same as 16-bit rows.
+void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q,
+                           const KvLayer& kv, float* out, HalfRows half);
 
 // ---- attention.hip
 // ----------------------------------------------------------------------------------------------------
 inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
+// Rows whose q, k, v attention itself normalises, rotates and stores, with no launch of qkv_post. q stays as it was.
+inline constexpr int kTakeInRows = 16;
+bool attention_can_take_in(const QkvPost& p, int rows);
+struct TakeIn {
+  QkvPost post;
+  const float* k = nullptr;  // [rows, n_head_kv * head_dim]; null: q, k and v are in order already
+  const float* v = nullptr;
+};
 // n_keys bounds pos0 + rows (in a recorded step: the whole cache). arrived [kAttentionCounters], zero between launches.
 // quant: the int8 groups of out.
 void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0, int n_keys, const float* q,
-                      const KvLayer& kv, float* scratch, int* arrived, float* out, MutableQuantRows quant);
+                      const KvLayer& kv, const TakeIn& in, float* scratch, int* arrived, float* out,
+                      MutableQuantRows quant);
 
 // ---- small_ops.hip
 // ----------------------------------------------------------------------------------------------------
 void launch_embed(gpu::Stream s, const Weight& table, const int32_t* tokens, int rows, float* x);
+// At most kSmallUpload bytes, which travel as an argument: sooner than a copy.
+inline constexpr size_t kSmallUpload = 64;
+void launch_store(gpu::Stream s, void* dst, const void* src, size_t bytes);
 void launch_copy_rows(gpu::Stream s, const float* src, int rows, int64_t n, float* dst, int64_t stride);
 size_t top1_scratch_bytes(int rows);
 void launch_top1(gpu::Stream s, const float* logits, int rows, int64_t n, float* scratch, Top1* out);

@@ -10,7 +10,8 @@
 //
 // The order of summation is part of the layout. K is cut into at most kSegments runs of groups; inside a run
 //   acc = fma(float(integer dot), d_weight * d_activation, acc)
-// group after group, and the runs are then added in order. Every kernel, for one row or thousands, does exactly this.
+// group after group, and the runs are then added in order. Every kernel for 1..16 rows does exactly this; more rows are
+// multiplied in 16-bit floats (many_rows.h).
 
 #include "backend/hip/gpu.h"
 #include "quant/dtype.h"
@@ -23,7 +24,7 @@ inline constexpr int kThreads = kSegments * gpu::kWave;  // a block of the few-r
 inline constexpr int kTiledLayout = 1;
 
 // A group of activations: x[i] = q[i] * d; sum = sum of q.
-struct GroupScale {
+struct alignas(8) GroupScale {
   float d;
   int sum;
 };
@@ -89,7 +90,7 @@ struct FormatQ4_0 {
     return {low_nibbles(r.q), high_nibbles(r.q), gpu::half_to_float(r.d)};
   }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, -8 * x.sum));
+    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, -8 * x.sum);
     return fmaf(static_cast<float>(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
@@ -117,7 +118,7 @@ struct FormatQ4_1 {
             gpu::half_to_float(static_cast<uint16_t>(r.dm >> 16))};
   }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, 0));
+    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, 0);
     acc = fmaf(static_cast<float>(dot), b.d * x.d, acc);
     return fmaf(static_cast<float>(x.sum), b.m * x.d, acc);
   }
@@ -143,7 +144,7 @@ struct FormatQ8_0 {
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, dot_words(b.lo, x0, 0));
+    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, 0);
     return fmaf(static_cast<float>(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {

@@ -1,15 +1,14 @@
 // RMSNorm with quantisation to int8 groups, and what follows the q, k, v projections: norm, RoPE, the KV store.
 
 #include "backend/hip/kernels.h"
-#include "backend/hip/quantize.h"
+#include "backend/hip/norm_rows.h"
+#include "backend/hip/rope.h"
 
 namespace dflash::hip {
 
 namespace {
 
-constexpr int kNormThreads = 1024;
 constexpr int kNormWaves = kNormThreads / gpu::kWave;
-constexpr int kHeld = 4;                            // float4 a thread holds
 constexpr int64_t kVectorMost = kNormThreads * kHeld * 4;
 
 // The sum of v over the block's threads in a fixed order, for every thread.
@@ -47,14 +46,10 @@ struct HeldRow {
   }
 };
 
-__device__ inline float4 scaled(const float4& v, float s, const float4& w) {
-  return make_float4((v.x * s) * w.x, (v.y * s) * w.y, (v.z * s) * w.z, (v.w * s) * w.w);
-}
-
 // n a multiple of 4 (32 when quantising), at most kVectorMost. A block per row.
-__global__ void __launch_bounds__(kNormThreads) norm_quantize_kernel(const float* __restrict__ x,
-                                                                     const float* __restrict__ norm, float eps, int n,
-                                                                     float* y, MutableQuantRows out) {
+__global__ void __launch_bounds__(kNormThreads)
+    norm_quantize_kernel(const float* __restrict__ x, const float* __restrict__ norm, float eps, int n, float* y,
+                         MutableQuantRows out) {
   __shared__ float lds[kNormWaves];
   const HeldRow weights(norm, norm != nullptr ? n : 0);
   gpu::wait_for_previous();
@@ -66,16 +61,16 @@ __global__ void __launch_bounds__(kNormThreads) norm_quantize_kernel(const float
     const int at = HeldRow::at(i);
     if (at >= n) break;
     float4 v = held.v[i];
-    if (norm != nullptr) v = scaled(v, inverse, weights.v[i]);
+    if (norm != nullptr) v = times(v, inverse, weights.v[i]);
     if (y != nullptr) *reinterpret_cast<float4*>(y + row * n + at) = v;
     if (out.q != nullptr) quantize_quad(v, out.q + row * n + (at & ~31), out.scale + (row * n + at) / 32);
   }
 }
 
 // Any n, one element at a time; quantising needs a multiple of 32.
-__global__ void __launch_bounds__(kNormThreads) norm_quantize_any_kernel(const float* __restrict__ x,
-                                                                         const float* __restrict__ norm, float eps,
-                                                                         int64_t n, float* y, MutableQuantRows out) {
+__global__ void __launch_bounds__(kNormThreads)
+    norm_quantize_any_kernel(const float* __restrict__ x, const float* __restrict__ norm, float eps, int64_t n,
+                             float* y, MutableQuantRows out) {
   __shared__ float lds[kNormWaves];
   gpu::wait_for_previous();
   const int64_t row = blockIdx.x;
@@ -93,12 +88,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_quantize_any_kernel(const f
   }
 }
 
-unsigned threads_for(int64_t n) {
-  const int64_t quads = (n / 4 + gpu::kWave - 1) / gpu::kWave * gpu::kWave;
-  return static_cast<unsigned>(quads < gpu::kWave ? gpu::kWave : quads < kNormThreads ? quads : kNormThreads);
-}
-
-// ---- q, k, v ------------------------------------------------------------------------------------------------------------
+// ---- q, k, v
+// ------------------------------------------------------------------------------------------------------------
 
 __device__ inline void store_kv(const KvLayer& kv, void* base, int head, int64_t pos, int dim, float v) {
   const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
@@ -116,32 +107,6 @@ __device__ inline void store_kv(const KvLayer& kv, void* base, int head, int64_t
     const float inverse = gpu::half_to_float(d) > 0.0f ? 1.0f / gpu::half_to_float(d) : 0.0f;
     q[pos * kv.head_dim + dim] = static_cast<int8_t>(fminf(fmaxf(rintf(v * inverse), -127.0f), 127.0f));
     if (gpu::lane() == 0) scale[(pos * kv.head_dim + dim) / 32] = d;
-  }
-}
-
-// Elements dim .. dim + 3; every lane of a group of 32 takes part, `inside` says whose head exists.
-__device__ inline void store_kv_quad(const KvLayer& kv, void* base, int head, int64_t pos, int dim, const float4& v,
-                                     bool inside) {
-  const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
-  if (kv.type == DType::F32) {
-    if (inside) *reinterpret_cast<float4*>(static_cast<float*>(base) + at) = v;
-  } else if (kv.type == DType::F16) {
-    const uint32_t a = gpu::float_to_half(v.x) | static_cast<uint32_t>(gpu::float_to_half(v.y)) << 16;
-    const uint32_t b = gpu::float_to_half(v.z) | static_cast<uint32_t>(gpu::float_to_half(v.w)) << 16;
-    if (inside) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + at) = make_uint2(a, b);
-  } else {
-    float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
-    const uint16_t d = gpu::float_to_half(largest / 127.0f);
-    const float inverse = gpu::half_to_float(d) > 0.0f ? 1.0f / gpu::half_to_float(d) : 0.0f;
-    if (!inside) return;
-    const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
-    int8_t* q = static_cast<int8_t*>(base) + head * head_bytes;
-    uint16_t* scale = reinterpret_cast<uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim);
-    *reinterpret_cast<uint32_t*>(q + pos * kv.head_dim + dim) =
-        pack_bytes(quantize_one(v.x, inverse), quantize_one(v.y, inverse), quantize_one(v.z, inverse),
-                   quantize_one(v.w, inverse));
-    if (dim % 32 == 0) scale[(pos * kv.head_dim + dim) / 32] = d;
   }
 }
 
@@ -163,33 +128,14 @@ __device__ inline float rotate(const QkvPost& p, int i, float position, At at) {
   return i < half ? fmaf(a, cosine, -(b * sine)) : fmaf(b, cosine, a * sine);
 }
 
-// Four elements at once: i a multiple of 4, v the elements i .. i + 3, other the ones half a rotation away.
-__device__ inline float4 rotate_quad(const QkvPost& p, int i, float position, const float4& v, const float4& other) {
-  const int half = p.n_rot / 2;
-  float r[4] = {v.x, v.y, v.z, v.w};
-  const float o[4] = {other.x, other.y, other.z, other.w};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int pair = (i + j) % half;
-    float sine, cosine;
-    sincosf(position * p.inv_freq[pair], &sine, &cosine);
-    sine *= p.rope_scale;
-    cosine *= p.rope_scale;
-    r[j] = i < half ? fmaf(r[j], cosine, -(o[j] * sine)) : fmaf(r[j], cosine, o[j] * sine);
-  }
-  return make_float4(r[0], r[1], r[2], r[3]);
-}
-
-__device__ inline float4 shuffle_quad(const float4& v, int mask) {
-  return make_float4(gpu::shuffle_xor(v.x, mask), gpu::shuffle_xor(v.y, mask), gpu::shuffle_xor(v.z, mask),
-                     gpu::shuffle_xor(v.w, mask));
-}
+constexpr int kMostPairs = 64;
 
 // Norm over the whole vector: grid (rows, 3), a block takes all heads of q, k or v of one row. n_rot / 2 and head_dim
 // are powers of two of at least 4, so a rotation's other half is n_rot / 8 lanes away.
-__global__ void __launch_bounds__(kNormThreads) qkv_whole_kernel(QkvPost p, Position pos0, float* q, float* k,
-                                                                 const float* v, KvLayer kv) {
+__global__ void __launch_bounds__(kNormThreads)
+    qkv_whole_kernel(QkvPost p, Position pos0, float* q, float* k, const float* v, KvLayer kv) {
   __shared__ float lds[kNormWaves];
+  __shared__ float2 turns[kMostPairs];
   const int row = static_cast<int>(blockIdx.x);
   const int part = static_cast<int>(blockIdx.y);
   const int n = (part == kPartQ ? p.n_head : p.n_head_kv) * p.head_dim;
@@ -199,28 +145,31 @@ __global__ void __launch_bounds__(kNormThreads) qkv_whole_kernel(QkvPost p, Posi
   const int64_t position = pos0.get() + row;
   const float* x = (part == kPartQ ? q : part == kPartK ? k : v) + static_cast<int64_t>(row) * n;
   const HeldRow held(x, n);
-  const float inverse = part != kPartV ? held.inverse_rms(n, p.eps, lds) : 1.0f;
+  for (int i = static_cast<int>(threadIdx.x); i < p.n_rot / 2 && part != kPartV; i += static_cast<int>(blockDim.x)) {
+    turns[i] = rotation(p, i, static_cast<float>(position));
+  }
+  const float inverse = part != kPartV ? held.inverse_rms(n, p.eps, lds) : 1.0f;  // waits for the turns too
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int at = HeldRow::at(i), dim = at % p.head_dim;
+    const int at = HeldRow::at(i), dim = at & (p.head_dim - 1);
     if (HeldRow::at(i) - 4 * gpu::lane() >= n) break;  // the whole wave is past the end
     float4 r = held.v[i];
     if (part != kPartV) {
-      r = scaled(r, inverse, weights.v[i]);
+      r = times(r, inverse, weights.v[i]);
       const float4 other = shuffle_quad(r, p.n_rot / 8);
-      if (dim < p.n_rot) r = rotate_quad(p, dim, static_cast<float>(position), r, other);
+      if (dim < p.n_rot) r = rotate_quad(p, dim, r, other, [&](int j) { return turns[j]; });
     }
     if (part == kPartQ) {
       if (at < n) *reinterpret_cast<float4*>(q + static_cast<int64_t>(row) * n + at) = r;
     } else {
-      store_kv_quad(kv, part == kPartK ? kv.k : kv.v, at / p.head_dim, position, dim, r, at < n);
+      store_kv_quad(kv, part == kPartK ? kv.k : kv.v, at >> (31 - __clz(p.head_dim)), position, dim, r, at < n);
     }
   }
 }
 
 // Norm per head: grid (rows, n_head + 2 n_head_kv), a wave per head.
-__global__ void __launch_bounds__(gpu::kWave) qkv_per_head_kernel(QkvPost p, Position pos0, float* q, float* k,
-                                                                  const float* v, KvLayer kv) {
+__global__ void __launch_bounds__(gpu::kWave)
+    qkv_per_head_kernel(QkvPost p, Position pos0, float* q, float* k, const float* v, KvLayer kv) {
   gpu::wait_for_previous();
   const int row = static_cast<int>(blockIdx.x);
   int h = static_cast<int>(blockIdx.y);
@@ -254,11 +203,27 @@ __global__ void __launch_bounds__(gpu::kWave) qkv_per_head_kernel(QkvPost p, Pos
 
 }  // namespace
 
+unsigned norm_threads(int64_t n) {
+  const int64_t quads = (n / 4 + gpu::kWave - 1) / gpu::kWave * gpu::kWave;
+  return static_cast<unsigned>(quads < gpu::kWave ? gpu::kWave : quads < kNormThreads ? quads : kNormThreads);
+}
+
+bool rotates_by_quads(const QkvPost& p) {
+  const int half = p.n_rot / 2;
+  return half >= 4 && half <= kMostPairs && (half & (half - 1)) == 0 && p.head_dim % p.n_rot == 0 &&
+         (p.head_dim & (p.head_dim - 1)) == 0;
+}
+
+bool attention_can_take_in(const QkvPost& p, int rows) {
+  return gpu::kTakeIn && rows <= kTakeInRows && rotates_by_quads(p) &&
+         (p.norm == QkNorm::per_head || static_cast<int64_t>(p.n_head) * p.head_dim <= kVectorMost);
+}
+
 void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, float eps, int rows, int64_t n, float* y,
                           MutableQuantRows q) {
   const dim3 grid(static_cast<unsigned>(rows));
   if (n % 4 == 0 && n <= kVectorMost) {
-    gpu::launch(s, grid, threads_for(n), norm_quantize_kernel, x, norm, eps, static_cast<int>(n), y, q);
+    gpu::launch(s, grid, norm_threads(n), norm_quantize_kernel, x, norm, eps, static_cast<int>(n), y, q);
   } else {
     gpu::launch(s, grid, kNormThreads, norm_quantize_any_kernel, x, norm, eps, n, y, q);
   }
@@ -273,14 +238,12 @@ void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, f
     return;
   }
   const int64_t widest = static_cast<int64_t>(p.n_head) * p.head_dim;
-  const int half = p.n_rot / 2;
-  if (widest > kVectorMost || half < 4 || half > 64 || (half & (half - 1)) != 0 || p.head_dim % p.n_rot != 0 ||
-      (p.head_dim & (p.head_dim - 1)) != 0) {
+  if (!rotates_by_quads(p) || widest > kVectorMost) {
     fail("GPU: a norm over the whole q and k needs at most ", kVectorMost,
          " elements, and head_dim and n_rot that are powers of two (8..128 rotated), not ", widest, ", ", p.head_dim,
          " and ", p.n_rot);
   }
-  gpu::launch(s, dim3(n, 3), threads_for(widest), qkv_whole_kernel, p, pos0, q, k, v, kv);
+  gpu::launch(s, dim3(n, 3), norm_threads(widest), qkv_whole_kernel, p, pos0, q, k, v, kv);
 }
 
 }  // namespace dflash::hip

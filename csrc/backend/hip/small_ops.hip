@@ -1,5 +1,7 @@
 // Embedding, row copies, the greedy choice, and what fills device weights: repacking and random numbers.
 
+#include <cstring>
+
 #include "backend/hip/kernels.h"
 
 namespace dflash::hip {
@@ -12,11 +14,11 @@ unsigned blocks_for(int64_t n) { return static_cast<unsigned>((n + kSmallThreads
 
 __device__ inline int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * kSmallThreads + threadIdx.x; }
 
-// ---- embedding ----------------------------------------------------------------------------------------------------------
+// ---- embedding
+// ----------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kSmallThreads) embed_float_kernel(DType type, const void* table,
-                                                                    const int32_t* __restrict__ tokens, int64_t n,
-                                                                    float* x) {
+__global__ void __launch_bounds__(kSmallThreads)
+    embed_float_kernel(DType type, const void* table, const int32_t* __restrict__ tokens, int64_t n, float* x) {
   gpu::wait_for_previous();
   const int64_t i = thread_index(), row = blockIdx.y;
   if (i >= n) return;
@@ -26,9 +28,8 @@ __global__ void __launch_bounds__(kSmallThreads) embed_float_kernel(DType type, 
                                         : gpu::bf16_to_float(static_cast<const uint16_t*>(table)[at]);
 }
 
-__global__ void __launch_bounds__(kSmallThreads) embed_tiled_kernel(DType type, TiledWeight table,
-                                                                    const int32_t* __restrict__ tokens, int64_t n,
-                                                                    float* x) {
+__global__ void __launch_bounds__(kSmallThreads)
+    embed_tiled_kernel(DType type, TiledWeight table, const int32_t* __restrict__ tokens, int64_t n, float* x) {
   gpu::wait_for_previous();
   const int64_t i = thread_index(), row = blockIdx.y;
   if (i >= n) return;
@@ -50,14 +51,25 @@ __global__ void __launch_bounds__(kSmallThreads) embed_tiled_kernel(DType type, 
   }
 }
 
-__global__ void __launch_bounds__(kSmallThreads) copy_rows_kernel(const float* src, int64_t n, float* dst,
-                                                                  int64_t stride) {
+struct SmallBytes {
+  uint8_t b[kSmallUpload];
+};
+
+__global__ void __launch_bounds__(kSmallUpload) store_kernel(uint8_t* dst, SmallBytes src, int bytes) {
+  gpu::wait_for_previous();
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < bytes) dst[i] = src.b[i];
+}
+
+__global__ void __launch_bounds__(kSmallThreads)
+    copy_rows_kernel(const float* src, int64_t n, float* dst, int64_t stride) {
   gpu::wait_for_previous();
   const int64_t i = thread_index(), row = blockIdx.y;
   if (i < n) dst[row * stride + i] = src[row * n + i];
 }
 
-// ---- greedy choice ------------------------------------------------------------------------------------------------------
+// ---- greedy choice
+// ------------------------------------------------------------------------------------------------------
 
 constexpr int kTop1Parts = 64;  // blocks of a row
 
@@ -87,8 +99,8 @@ __device__ inline Best wave_merge(Best v) {
   return v;
 }
 
-__global__ void __launch_bounds__(kSmallThreads) top1_part_kernel(const float* __restrict__ logits, int64_t n,
-                                                                  Best* parts) {
+__global__ void __launch_bounds__(kSmallThreads)
+    top1_part_kernel(const float* __restrict__ logits, int64_t n, Best* parts) {
   __shared__ Best lds[kSmallThreads / gpu::kWave];
   gpu::wait_for_previous();
   const float* row = logits + blockIdx.y * n;
@@ -125,12 +137,13 @@ __global__ void __launch_bounds__(gpu::kWave) top1_final_kernel(const Best* part
   out[blockIdx.x] = t;
 }
 
-// ---- filling weights ----------------------------------------------------------------------------------------------------
+// ---- filling weights
+// ----------------------------------------------------------------------------------------------------
 
 // A thread per GGUF block. Rows are counted through the whole expert stack, n_out of them an expert.
-__global__ void __launch_bounds__(kSmallThreads) repack_kernel(DType type, const uint8_t* raw, int64_t first_row,
-                                                               int64_t rows, int64_t n_out, int groups,
-                                                               uint8_t* quants, uint16_t* scales) {
+__global__ void __launch_bounds__(kSmallThreads)
+    repack_kernel(DType type, const uint8_t* raw, int64_t first_row, int64_t rows, int64_t n_out, int groups,
+                  uint8_t* quants, uint16_t* scales) {
   gpu::wait_for_previous();
   const int64_t i = thread_index();
   if (i >= rows * groups) return;
@@ -166,8 +179,8 @@ __global__ void __launch_bounds__(kSmallThreads) random_bits_kernel(uint64_t* ou
 
 // d in scale * [0.5, 1.5), either sign: quants are not centred (-8..7), and a common mean would drown all differences
 // within a few layers. Q4_1: m = -7.5 d.
-__global__ void __launch_bounds__(kSmallThreads) random_scales_kernel(uint16_t* out, int64_t n, int halves, float scale,
-                                                                      uint64_t seed) {
+__global__ void __launch_bounds__(kSmallThreads)
+    random_scales_kernel(uint16_t* out, int64_t n, int halves, float scale, uint64_t seed) {
   gpu::wait_for_previous();
   for (int64_t i = thread_index(); i < n; i += static_cast<int64_t>(gridDim.x) * kSmallThreads) {
     const uint64_t bits = mix(seed + i / halves);
@@ -176,8 +189,8 @@ __global__ void __launch_bounds__(kSmallThreads) random_scales_kernel(uint16_t* 
   }
 }
 
-__global__ void __launch_bounds__(kSmallThreads) random_float_kernel(DType type, void* out, int64_t n, float scale,
-                                                                     uint64_t seed) {
+__global__ void __launch_bounds__(kSmallThreads)
+    random_float_kernel(DType type, void* out, int64_t n, float scale, uint64_t seed) {
   gpu::wait_for_previous();
   for (int64_t i = thread_index(); i < n; i += static_cast<int64_t>(gridDim.x) * kSmallThreads) {
     const float v = scale * (2.0f * uniform(mix(seed + i)) - 1.0f);
@@ -215,13 +228,18 @@ void launch_embed(gpu::Stream s, const Weight& table, const int32_t* tokens, int
   }
 }
 
-void launch_copy_rows(gpu::Stream s, const float* src, int rows, int64_t n, float* dst, int64_t stride) {
-  gpu::launch(s, dim3(blocks_for(n), static_cast<unsigned>(rows)), kSmallThreads, copy_rows_kernel, src, n, dst, stride);
+void launch_store(gpu::Stream s, void* dst, const void* src, size_t bytes) {
+  SmallBytes small = {};
+  std::memcpy(small.b, src, bytes);
+  gpu::launch(s, dim3(1), kSmallUpload, store_kernel, static_cast<uint8_t*>(dst), small, static_cast<int>(bytes));
 }
 
-size_t top1_scratch_bytes(int rows) {
-  return static_cast<size_t>(rows) * (kTop1Parts * sizeof(Best) + sizeof(Top1));
+void launch_copy_rows(gpu::Stream s, const float* src, int rows, int64_t n, float* dst, int64_t stride) {
+  gpu::launch(s, dim3(blocks_for(n), static_cast<unsigned>(rows)), kSmallThreads, copy_rows_kernel, src, n, dst,
+              stride);
 }
+
+size_t top1_scratch_bytes(int rows) { return static_cast<size_t>(rows) * (kTop1Parts * sizeof(Best) + sizeof(Top1)); }
 
 // scratch: the parts, then [rows] Top1, which `out` points to.
 void launch_top1(gpu::Stream s, const float* logits, int rows, int64_t n, float* scratch, Top1* out) {

@@ -78,7 +78,8 @@ def load_model(args: argparse.Namespace) -> _core.Model:
     with common.byte_progress(common.stderr_console()) as progress:
         return _core.Model(
             check_path("target", args.target), drafter_path, backend=args.backend, n_threads=args.threads,
-            progress=progress,
+            progress=progress, kv_type=args.kv_type,
+            n_ctx=2 * (max(args.contexts, default=1) + args.max_tokens),  # a session of fixed depths and one of auto
         )  # fmt: skip
 
 

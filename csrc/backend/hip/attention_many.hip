@@ -1,0 +1,311 @@
+// Attention for more than 16 rows on matrix instructions: a block takes 64 queries of one KV head (row after row, the
+// heads of a row that share it) and walks the keys in tiles at fixed positions, all its waves sharing the tile in
+// shared memory; a running maximum and sum per query. A row's result does not depend on the rows beside it: tiles it
+// does not see leave its sums as they are.
+
+#include "backend/hip/few_rows.h"
+#include "backend/hip/gpu_flash.h"
+#include "backend/hip/kernels.h"
+
+namespace dflash::hip {
+
+namespace {
+
+constexpr int kFlashWaves = 4;
+constexpr int kFlashThreads = kFlashWaves * gpu::kWave;
+constexpr int kFlashQueries = kFlashWaves * 16;
+constexpr int kFlashKeys = gpu::kFlashKeys, kKeyPieces = kFlashKeys / 8;
+
+struct FlashArgs {
+  Attention a;
+  Position pos0;
+  int rows = 0;
+  const float* q = nullptr;
+  KvLayer kv;
+  float* out = nullptr;
+  uint16_t* half = nullptr;
+};
+
+// Eight dimensions from `dim` of keys or values as f16.
+template <DType T, int HeadDim>
+struct OctetReader {
+  const uint8_t* data;
+  const uint16_t* scales;
+
+  __device__ inline OctetReader(const KvLayer& kv, const void* base, int head, int dim) {
+    if constexpr (T == DType::F16) {
+      data = static_cast<const uint8_t*>(base) + (static_cast<int64_t>(head) * kv.n_ctx * HeadDim + dim) * 2;
+      scales = nullptr;
+    } else {
+      const uint8_t* q =
+          static_cast<const uint8_t*>(base) + static_cast<int64_t>(head) * kv.n_ctx * (HeadDim / 32) * 34;
+      scales = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * HeadDim) + dim / 32;
+      data = q + dim;
+    }
+  }
+
+  __device__ inline uint4 load(int pos) const {
+    if constexpr (T == DType::F16) {
+      return *reinterpret_cast<const uint4*>(data + static_cast<int64_t>(pos) * (HeadDim * 2));
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(data + static_cast<int64_t>(pos) * HeadDim);
+      const float d = gpu::half_to_float(scales[static_cast<int64_t>(pos) * (HeadDim / 32)]);
+      auto pair = [&](uint32_t w, int i) {
+        return gpu::F16::pack(gpu::signed_byte_float(w, i) * d, gpu::signed_byte_float(w, i + 1) * d);
+      };
+      return make_uint4(pair(v.x, 0), pair(v.x, 2), pair(v.y, 0), pair(v.y, 2));
+    }
+  }
+};
+
+// Half i of a beside half i of b.
+__device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
+  const uint32_t x = i < 2 ? a.x : i < 4 ? a.y : i < 6 ? a.z : a.w, y = i < 2 ? b.x : i < 4 ? b.y : i < 6 ? b.z : b.w;
+  return __byte_perm(x, y, i % 2 == 0 ? 0x5410 : 0x7632);
+}
+
+// grid (n_head_kv, query blocks, the last first: they have the most keys); Dims: head_dim / 32
+template <DType T, int Dims>
+__global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_many_kernel(FlashArgs p) {
+  constexpr int kHeadDim = Dims * 32, kOctets = kHeadDim / 8;
+  alignas(16) __shared__ uint8_t keys[kFlashKeys * kHeadDim * 2];  // [key][octet of dims, turned]
+  alignas(16)
+      __shared__ uint8_t values[kHeadDim * kFlashKeys * 2];  // [dim][octet of keys in flash_key() order, turned]
+  gpu::wait_for_previous();
+  const int group = p.a.n_head / p.a.n_head_kv, n_queries = p.rows * group;
+  const int kv_head = static_cast<int>(blockIdx.x);
+  const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kFlashQueries;
+  const int last = min(first + kFlashQueries, n_queries) - 1;
+  const int pos0 = p.pos0.get(), t = static_cast<int>(threadIdx.x);
+  const float to_log2 = p.a.scale * 1.44269504f;
+  auto first_key = [&](int query) {
+    return p.a.sliding_window > 0 ? max(0, pos0 + query / group + 1 - p.a.sliding_window) : 0;
+  };
+  auto end_key = [&](int query) { return pos0 + (p.a.causal ? query / group + 1 : p.rows); };
+  auto head_of = [&](int query) {
+    return static_cast<int64_t>(query / group) * p.a.n_head + kv_head * group + query % group;
+  };
+  const int begin = first_key(first) / kFlashKeys * kFlashKeys, end = end_key(last);
+  const int mine = first + gpu::wave() * 16;  // the wave's first query
+
+  gpu::FlashOperand q[Dims];
+#pragma unroll
+  for (int d = 0; d < Dims; ++d) {
+    q[d] = gpu::flash_queries([&](int query, int part) {
+      const float* at = p.q + head_of(min(mine + query, last)) * kHeadDim + d * 32 + part * 8;
+      const float4 a = *reinterpret_cast<const float4*>(at), b = *reinterpret_cast<const float4*>(at + 4);
+      return make_uint4(gpu::F16::pack(a.x, a.y), gpu::F16::pack(a.z, a.w), gpu::F16::pack(b.x, b.y),
+                        gpu::F16::pack(b.z, b.w));
+    });
+  }
+  int from[gpu::kFlashRows], to[gpu::kFlashRows];
+  float largest[gpu::kFlashRows], sum[gpu::kFlashRows];
+#pragma unroll
+  for (int r = 0; r < gpu::kFlashRows; ++r) {
+    const int query = min(mine + gpu::flash_query(r), last);
+    from[r] = first_key(query);
+    to[r] = end_key(query);
+    largest[r] = -INFINITY;
+    sum[r] = 0.0f;
+  }
+  // Keys every query of the wave sees need no mask.
+  const int all_from = first_key(min(mine + 15, last)), all_to = end_key(min(mine, last));
+  float o[kHeadDim / 16][8];
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o[d][i] = 0.0f;
+  }
+
+  const int octet = t % kOctets;
+  const OctetReader<T, kHeadDim> key_reader(p.kv, p.kv.k, kv_head, octet * 8);
+  const OctetReader<T, kHeadDim> value_reader(p.kv, p.kv.v, kv_head, octet * 8);
+  for (int key0 = begin; key0 < end; key0 += kFlashKeys) {
+    auto safe = [&](int key) { return min(key0 + key, end - 1); };
+    __syncthreads();                                   // the tile before has been read
+    constexpr int kKeyRows = kFlashThreads / kOctets;  // keys the block loads at once
+    constexpr int kKeyBatch = kFlashKeys / kKeyRows < 4 ? kFlashKeys / kKeyRows : 4;
+#pragma unroll
+    for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kKeyBatch) {
+      uint4 v[kKeyBatch];
+#pragma unroll
+      for (int i = 0; i < kKeyBatch; ++i) v[i] = key_reader.load(safe((i0 + i) * kKeyRows + t / kOctets));
+#pragma unroll
+      for (int i = 0; i < kKeyBatch; ++i) {
+        const int key = (i0 + i) * kKeyRows + t / kOctets;
+        *reinterpret_cast<uint4*>(keys + (key * kOctets + gpu::flash_piece(octet, key, kOctets)) * 16) = v[i];
+      }
+    }
+#pragma unroll
+    for (int i0 = 0; i0 < kFlashKeys / 2; i0 += kKeyRows) {  // a thread transposes 8 dimensions of two keys
+      const int place = (i0 + t / kOctets) * 2;
+      if (kKeyRows > kFlashKeys / 2 && place >= kFlashKeys) break;
+      const int key = place / 32 * 32;
+      const uint4 a = value_reader.load(safe(key + gpu::flash_key(place % 32)));
+      const uint4 b = value_reader.load(safe(key + gpu::flash_key(place % 32 + 1)));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int dim = octet * 8 + i;
+        *reinterpret_cast<uint32_t*>(
+            values + (dim * kKeyPieces + gpu::flash_piece(place / 8 ^ octet % kKeyPieces, dim, kKeyPieces)) * 16 +
+            place % 8 * 2) = pair_of(a, b, i);
+      }
+    }
+    __syncthreads();
+
+    // In both products a result is not touched twice in a row: its sum takes a while.
+    float s[kFlashKeys / 16][8];
+#pragma unroll
+    for (int j0 = 0; j0 < kFlashKeys / 16; j0 += gpu::kFlashPair) {
+#pragma unroll
+      for (int j = j0; j < j0 + gpu::kFlashPair; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
+      }
+#pragma unroll
+      for (int d = 0; d < Dims; ++d) {
+        gpu::FlashOperand k[gpu::kFlashPair];
+#pragma unroll
+        for (int j = 0; j < gpu::kFlashPair; ++j) {
+          k[j] = gpu::flash_others([&](int row, int part) {
+            return *reinterpret_cast<const uint4*>(keys +
+                                                   (row * kOctets + gpu::flash_piece(d * 4 + part, row, kOctets)) * 16 +
+                                                   (j0 + j) * 16 * kHeadDim * 2);
+          });
+        }
+#pragma unroll
+        for (int depth = 0; depth < 2; ++depth) {
+#pragma unroll
+          for (int j = 0; j < gpu::kFlashPair; ++j) gpu::flash_mma(s[j0 + j], q[d].k[depth], k[j].k[depth]);
+        }
+        gpu::keep_order();
+      }
+    }
+    if (key0 < all_from || key0 + kFlashKeys > all_to) {
+#pragma unroll
+      for (int j = 0; j < kFlashKeys / 16; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int key = key0 + j * 16 + gpu::flash_other(i), r = gpu::flash_row(i);
+          if (key < from[r] || key >= to[r]) s[j][i] = -INFINITY;
+        }
+      }
+    }
+    float base[gpu::kFlashRows], keep[gpu::kFlashRows];
+#pragma unroll
+    for (int r = 0; r < gpu::kFlashRows; ++r) {
+      float top = largest[r];
+#pragma unroll
+      for (int j = 0; j < kFlashKeys / 16; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (gpu::flash_row(i) == r) top = fmaxf(top, s[j][i]);
+        }
+      }
+      top = gpu::flash_reduce(top, [](float a, float b) { return fmaxf(a, b); });
+      base[r] = top == -INFINITY ? 0.0f : top * to_log2;
+      // A tile that does not raise the maximum must leave the sums as they are, to the bit.
+      keep[r] = top == largest[r] ? 1.0f : gpu::fast_exp2(fmaf(largest[r], to_log2, -base[r]));
+      largest[r] = top;
+      sum[r] *= keep[r];
+    }
+#pragma unroll
+    for (int j = 0; j < kFlashKeys / 16; ++j) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = gpu::flash_row(i);
+        s[j][i] = gpu::fast_exp2(fmaf(s[j][i], to_log2, -base[r]));
+        sum[r] += s[j][i];
+      }
+    }
+    bool raised = false;
+#pragma unroll
+    for (int r = 0; r < gpu::kFlashRows; ++r) raised |= keep[r] != 1.0f;
+    if (gpu::any(raised)) {
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) o[d][i] *= keep[gpu::flash_row(i)];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kFlashKeys / 32; ++j) {
+      const gpu::FlashWords w[2] = {gpu::flash_weights(s[2 * j]), gpu::flash_weights(s[2 * j + 1])};
+#pragma unroll
+      for (int d0 = 0; d0 < kHeadDim / 16; d0 += gpu::kFlashPair) {
+        gpu::FlashOperand v[gpu::kFlashPair];
+#pragma unroll
+        for (int d = 0; d < gpu::kFlashPair; ++d) {
+          v[d] = gpu::flash_others([&](int row, int part) {
+            const int turned = (j * 4 + part) ^ ((d0 + d) * 2 + row / 8) % kKeyPieces;
+            return *reinterpret_cast<const uint4*>(values +
+                                                   (row * kKeyPieces + gpu::flash_piece(turned, row, kKeyPieces)) * 16 +
+                                                   (d0 + d) * 16 * kFlashKeys * 2);
+          });
+        }
+#pragma unroll
+        for (int depth = 0; depth < 2; ++depth) {
+#pragma unroll
+          for (int d = 0; d < gpu::kFlashPair; ++d) gpu::flash_mma(o[d0 + d], w[depth], v[d].k[depth]);
+        }
+        gpu::keep_order();
+      }
+    }
+  }
+
+  float inverse[gpu::kFlashRows];
+#pragma unroll
+  for (int r = 0; r < gpu::kFlashRows; ++r) {
+    inverse[r] = 1.0f / gpu::flash_reduce(sum[r], [](float a, float b) { return a + b; });
+  }
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int r = gpu::flash_row(i), query = mine + gpu::flash_query(r);
+      if (query > last) continue;
+      const int64_t at = head_of(query) * kHeadDim;
+      const int dim = d * 16 + gpu::flash_other(i);
+      const float v = o[d][i] * inverse[r];
+      p.out[at + dim] = v;
+      p.half[at + (dim & ~31) + gpu::half_slot(dim & 31)] = static_cast<uint16_t>(gpu::F16::pack(v, v));
+    }
+  }
+}
+
+template <DType T>
+void attention_many(gpu::Stream s, const FlashArgs& args) {
+  const int n_queries = args.rows * (args.a.n_head / args.a.n_head_kv);
+  const dim3 grid(static_cast<unsigned>(args.a.n_head_kv),
+                  static_cast<unsigned>((n_queries + kFlashQueries - 1) / kFlashQueries));
+  const auto kernel = args.a.head_dim == 128  ? attention_many_kernel<T, 4>
+                      : args.a.head_dim == 64 ? attention_many_kernel<T, 2>
+                                              : attention_many_kernel<T, 1>;
+  gpu::launch(s, grid, kFlashThreads, kernel, args);
+}
+
+}  // namespace
+
+bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv) {
+  return rows > kFewRows && (kv.type == DType::F16 || kv.type == DType::Q8_0) &&
+         (a.head_dim == 32 || a.head_dim == 64 || a.head_dim == 128);
+}
+
+void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q,
+                           const KvLayer& kv, float* out, HalfRows half) {
+  FlashArgs args;
+  args.a = a;
+  args.pos0 = pos0;
+  args.rows = rows;
+  args.q = q;
+  args.kv = kv;
+  args.out = out;
+  args.half = half.v;
+  if (kv.type == DType::F16) {
+    attention_many<DType::F16>(s, args);
+  } else {
+    attention_many<DType::Q8_0>(s, args);
+  }
+}
+
+}  // namespace dflash::hip

@@ -1,0 +1,177 @@
+#pragma once
+// gpu.h's part for the attention of many rows: what differs between vendors is here.
+
+#include "backend/hip/gpu_half.h"
+
+namespace dflash::gpu {
+
+// ---- attention of many rows -----------------------------------------------------------------------------------------
+// A step multiplies 16 queries by 16 others (keys, or dimensions of values) over a depth of 32 f16. A lane holds 8 of
+// the 256 results: element i belongs to query flash_query(i) and other flash_other(i); its queries are numbered
+// flash_row(i) < kFlashRows, and the lanes of one query are reached by exchanging with lanes l ^ m for m in
+// flash_masks.
+
+#if defined(DFLASH_GPU_HIP)
+inline constexpr int kFlashRows = 1;
+inline constexpr int kFlashWords = kHalfWords * 2;
+#else
+inline constexpr int kFlashRows = 2;
+inline constexpr int kFlashWords = 4;
+#endif
+
+struct FlashWords {  // an instruction's operand: 16 queries or 16 others, depth 16
+  uint32_t w[kFlashWords];
+};
+struct FlashOperand {  // depth 32
+  FlashWords k[2];
+};
+
+__device__ inline int flash_row([[maybe_unused]] int i) {
+#if defined(DFLASH_GPU_HIP)
+  return 0;
+#else
+  return i >> 1 & 1;
+#endif
+}
+// The query of the lane's row r.
+__device__ inline int flash_query([[maybe_unused]] int r) {
+#if defined(DFLASH_GPU_HIP)
+  return lane() & 15;
+#else
+  return (lane() >> 2) + 8 * r;
+#endif
+}
+__device__ inline int flash_other(int i) {
+#if defined(__gfx1200__) || defined(__gfx1201__)
+  return i + 8 * (lane() >> 4);
+#elif defined(DFLASH_GPU_HIP)
+  return 2 * i + (lane() >> 4);
+#else
+  return (i >> 2) * 8 + (lane() & 3) * 2 + (i & 1);
+#endif
+}
+template <typename F>
+__device__ inline float flash_reduce(float v, F f) {
+#if defined(DFLASH_GPU_HIP)
+  return f(v, shuffle_xor(v, 16));
+#else
+  v = f(v, shuffle_xor(v, 1));
+  return f(v, shuffle_xor(v, 2));
+#endif
+}
+
+// The key whose weight stands at place s of 32 in the depth of the second product.
+__device__ inline int flash_key(int s) {
+#if defined(__gfx1200__) || defined(__gfx1201__)
+  return s;
+#elif defined(DFLASH_GPU_HIP)
+  return (s >> 4) * 16 + (s & 7) * 2 + (s >> 3 & 1);
+#else
+  return (s >> 1 & 3) * 8 + (s >> 3) * 2 + (s & 1);
+#endif
+}
+
+// Where piece `piece` (16 bytes) of row `row` lies among its row's: rows read together meet in no bank.
+__device__ inline int flash_piece(int piece, int row, int pieces) {
+#if defined(DFLASH_GPU_HIP)
+  return piece ^ (row & (pieces - 1) & 7);
+#else
+  return piece ^ ((row & 1) << 2 & (pieces - 1));
+#endif
+}
+
+__device__ inline bool any(bool v) {
+#if defined(DFLASH_GPU_HIP)
+  return __any(v);
+#else
+  return __any_sync(0xffffffffu, v);
+#endif
+}
+
+// octet(row, o): depth 8 o .. 8 o + 7 of query (or other) `row`, packed.
+template <typename Octet>
+__device__ inline FlashOperand flash_queries(Octet octet) {
+  FlashOperand f;
+#if defined(DFLASH_GPU_HIP)
+  for (int o = 0; o < kHalfWords; ++o) {
+    const uint4 v = octet(lane() & 15, kHalfWords == 2 ? o * 2 + (lane() >> 4) : o);
+    FlashWords& k = f.k[kHalfWords == 2 ? o : o / 2];
+    const int at = kHalfWords == 2 ? 0 : o % 2 * 4;
+    k.w[at] = v.x;
+    k.w[at + 1] = v.y;
+    k.w[at + 2] = v.z;
+    k.w[at + 3] = v.w;
+  }
+#else
+  for (int i = 0; i < 2; ++i) {
+    const uint4 v = octet((lane() >> 2) + 8 * i, lane() & 3);
+    f.k[0].w[i] = v.x;
+    f.k[0].w[i + 2] = v.y;
+    f.k[1].w[i] = v.z;
+    f.k[1].w[i + 2] = v.w;
+  }
+#endif
+  return f;
+}
+
+template <typename Octet>
+__device__ inline FlashOperand flash_others(Octet octet) {
+#if defined(DFLASH_GPU_HIP)
+  return flash_queries(octet);
+#else
+  FlashOperand f;
+  for (int n = 0; n < 2; ++n) {
+    const uint4 v = octet((lane() >> 2) + 8 * n, lane() & 3);
+    f.k[0].w[n * 2] = v.x;
+    f.k[0].w[n * 2 + 1] = v.y;
+    f.k[1].w[n * 2] = v.z;
+    f.k[1].w[n * 2 + 1] = v.w;
+  }
+  return f;
+#endif
+}
+
+// The weights of 16 keys as queries of the second product.
+__device__ inline FlashWords flash_weights(const float (&a)[8]) {
+  FlashWords f;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t own = F16::pack_small(a[2 * i], a[2 * i + 1]);
+#if defined(DFLASH_GPU_HIP)
+    if (kHalfWords == 2) {
+      f.w[i] = own;
+    } else {  // even keys lie in the lower lanes, odd ones in the upper
+      const uint32_t other = shuffle_xor(own, 16);
+      f.w[i] = lane() < 16 ? own : other;
+      f.w[kFlashWords / 2 + i] = lane() < 16 ? other : own;
+    }
+#else
+    f.w[i] = own;
+#endif
+  }
+  return f;
+}
+
+__device__ inline void flash_mma(float (&c)[8], const FlashWords& q, const FlashWords& o) {
+#if defined(DFLASH_GPU_HIP)
+  F16::mma(c, __builtin_bit_cast(HalfWeightWords, q), __builtin_bit_cast(HalfActWords, o));
+#else
+  for (int n = 0; n < 2; ++n) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[n * 4]), "+f"(c[n * 4 + 1]), "+f"(c[n * 4 + 2]), "+f"(c[n * 4 + 3])
+        : "r"(q.w[0]), "r"(q.w[1]), "r"(q.w[2]), "r"(q.w[3]), "r"(o.w[n * 2]), "r"(o.w[n * 2 + 1]));
+  }
+#endif
+}
+
+// 2^v by the hardware's instruction; v <= 0 here, tiny results may become 0.
+__device__ inline float fast_exp2(float v) {
+#if defined(DFLASH_GPU_HIP)
+  return __builtin_amdgcn_exp2f(v);
+#else
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+#endif
+}
+
+}  // namespace dflash::gpu
