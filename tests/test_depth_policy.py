@@ -113,6 +113,12 @@ def test_a_drafter_that_cannot_pay_is_looked_at_without_a_wider_pass() -> None:
     assert (np.array(run.depth[400:])[late] > 0).mean() < 0.5
 
 
+def test_a_drafter_dearer_than_the_target_costs_little() -> None:
+    runs = [simulate([(Text(ACCEPTANCE["card"]), 1200)], VERIFY["rows"], 5.0, seed=s) for s in range(3)]
+    assert max(r.loss(slice(0, 256)) for r in runs) < 0.06, "the first looks included"
+    assert max(r.loss(slice(200, 1200)) for r in runs) < 0.03
+
+
 @pytest.mark.parametrize("shift", [-1.5, 1.5], ids=["modest", "boastful"])
 def test_confidences_are_calibrated(shift: float) -> None:
     cells = []

@@ -179,10 +179,12 @@ constexpr int kLook = 8;               // every so many probes measure a pass of
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
 constexpr double kMargin = 1.03;       // drafting must promise this much: the best of noisy estimates promises too much
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
-constexpr int kShortWait = 8;          // rounds to the first probe after parking
+constexpr int kShortWait = 8;          // rounds to the first probe after parking, at least
 constexpr double kLongestWait = 160;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
-constexpr double kProbeShare = 0.005;      // of the time, that probes may cost
+constexpr double kProbeShare = 0.005;      // of the time, that probes may cost in the long run ...
+constexpr double kFirstShare = 0.05;       // ... just after parking ...
+constexpr double kProbeMost = 0.02;        // ... and in the long run where kLongestWait is not long enough
 constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
@@ -202,13 +204,21 @@ int DepthPolicy::lookup_bucket(int match) {
   return match < 4 ? 0 : match < 6 ? 1 : match < 10 ? 2 : match < 20 ? 3 : 4;
 }
 
-// A probe costs a drafter run, less what a second row brings where it is worth its time: spread so thin that it stays a
-// small part of the whole.
-int DepthPolicy::longest_wait() const {
+// A probe costs a drafter run, less what a second row brings where it is worth its time.
+double DepthPolicy::probe_loss() const {
   const double plain = verify_cost(1);
   const double gain = std::max(0.0, calibration_.average(0) - (verify_cost(2) / plain - 1.0));
-  const double loss = draft_cost(std::min(kFirstDepth, max_depth_)) / plain - gain;
-  return static_cast<int>(std::clamp(loss / kProbeShare, static_cast<double>(kShortWait), kLongestWait));
+  return draft_cost(std::min(kFirstDepth, max_depth_)) / plain - gain;
+}
+
+// Probes are spread so thin that they stay a small part of the whole.
+int DepthPolicy::longest_wait() const {
+  const double loss = probe_loss(), most = std::max(kLongestWait, loss / kProbeMost);
+  return static_cast<int>(std::clamp(loss / kProbeShare, static_cast<double>(kShortWait), most));
+}
+
+int DepthPolicy::first_wait() const {
+  return std::clamp(static_cast<int>(probe_loss() / kFirstShare), kShortWait, longest_wait());
 }
 
 // Replays the last drafted rounds for every n at once: with m slots known, those beyond m get the slot's average.
@@ -294,7 +304,8 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   }
   if (!parked_) {
     parked_ = true;
-    if (active_rounds_ >= kShortWait) interval_ = kShortWait;  // after a short excursion the waits go on growing
+    const bool excursion = active_rounds_ < kShortWait;  // a short one: the waits go on growing
+    interval_ = excursion ? std::max(interval_, first_wait()) : first_wait();
     active_rounds_ = 0;
     wait_ = interval_;
   }
@@ -370,7 +381,7 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     if (best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1) || pays(o.accepted)) {
       wait_ = 1;
     } else {
-      interval_ = std::min(std::max(2 * interval_, kShortWait), longest_wait());
+      interval_ = std::min(std::max(2 * interval_, first_wait()), longest_wait());
       wait_ = interval_;
     }
     if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then

@@ -129,7 +129,9 @@ class DepthPolicy {
   Choice best_draft(int max_depth, size_t rounds) const;
   Choice best_lookup(int match, int tokens) const;
   static int lookup_bucket(int match);
+  double probe_loss() const;  // plain rounds that a probe costs
   int longest_wait() const;
+  int first_wait() const;
   bool pays(int accepted) const;
 
   int max_depth_;
@@ -148,7 +150,7 @@ class DepthPolicy {
   bool parked_ = false;    // plain decoding, with probes
   int active_rounds_ = 0;  // drafting rounds since it was last parked
   int wait_ = 0;           // rounds until the next probe
-  int interval_ = 8;       // doubles while probes show no gain
+  int interval_ = 0;       // doubles while probes show no gain
   int probe_stood_ = -1;   // of the last probe's slots; -1: no probe is being followed
 };
 
