@@ -1,5 +1,6 @@
 #pragma once
-// Host side of the GPU op tests: random tensors in GGUF bytes, double-precision references, comparison, guarded buffers.
+// Host side of the GPU op tests: random tensors in GGUF bytes, double-precision references, comparison, guarded
+// buffers.
 
 #include <algorithm>
 #include <cmath>

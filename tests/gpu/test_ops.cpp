@@ -1,5 +1,6 @@
 // Every op of the GPU backend against double-precision references, over awkward shapes; a row's bits against the same
-// row in other company (1..16 rows, and more than 16: quantised weights have other kernels there); guards after outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
+// row in other company (1..16 rows, and more than 16: quantised weights have other kernels there); guards after
+// outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
 
 #include "backend/hip/hip_backend.h"
 #include "reference.h"
@@ -12,9 +13,9 @@ namespace {
 
 // NMSE limits. Activation quantisation is part of the reference, so what is left is rounding; experts quantise twice,
 // and a rounding difference before the second may move a value by one step.
-constexpr double kLimitFloat = 1e-11;    // float weights, norms
-constexpr double kLimitQuant = 1e-9;     // int8 activations
-constexpr double kLimitExperts = 1e-5;   // SwiGLU products quantised again
+constexpr double kLimitFloat = 1e-11;   // float weights, norms
+constexpr double kLimitQuant = 1e-9;    // int8 activations
+constexpr double kLimitExperts = 1e-5;  // SwiGLU products quantised again
 // More than 16 rows: weights and activations are rounded to f16 (11 bits) or bf16 (8 bits, the scale too; Q4_1's min is
 // several times its values), against exact activations. The int8 activations of few rows lie near 3e-5 of those.
 constexpr double kLimitF16 = 2e-7, kLimitBf16 = 3e-5;
@@ -160,7 +161,8 @@ void test_small(Backend& b, std::mt19937& rng) {
   }
 }
 
-// ---- attention ----------------------------------------------------------------------------------------------------------
+// ---- attention
+// ----------------------------------------------------------------------------------------------------------
 
 struct AttentionCase {
   int n_head, n_head_kv, head_dim, n_rot;
@@ -199,9 +201,9 @@ void ref_norm_rope(const AttentionCase& c, int heads, const Floats& norm, const 
 
 void test_attention(Backend& b, std::mt19937& rng) {
   const std::vector<AttentionCase> cases = {
-      {12, 2, 128, 64, QkNorm::whole, true, 0},   {4, 2, 128, 64, QkNorm::whole, true, 0},
+      {12, 2, 128, 64, QkNorm::whole, true, 0},     {4, 2, 128, 64, QkNorm::whole, true, 0},
       {4, 4, 128, 128, QkNorm::per_head, false, 0}, {2, 1, 128, 128, QkNorm::per_head, false, 100},
-      {6, 1, 64, 64, QkNorm::per_head, true, 300}, {3, 3, 32, 16, QkNorm::whole, true, 0},
+      {6, 1, 64, 64, QkNorm::per_head, true, 300},  {3, 3, 32, 16, QkNorm::whole, true, 0},
       {5, 1, 256, 64, QkNorm::per_head, true, 0}};
   const int n_ctx = 1024, total = 800;
   const DType types[] = {DType::F32, DType::F16, DType::Q8_0};
@@ -209,10 +211,12 @@ void test_attention(Backend& b, std::mt19937& rng) {
   for (const AttentionCase& c : cases) {
     if (g_quick && c.n_head > 4) continue;
     const int qn = c.n_head * c.head_dim, kn = c.n_head_kv * c.head_dim;
-    const Floats q = random_floats(rng, static_cast<size_t>(total) * qn), k = random_floats(rng, static_cast<size_t>(total) * kn),
+    const Floats q = random_floats(rng, static_cast<size_t>(total) * qn),
+                 k = random_floats(rng, static_cast<size_t>(total) * kn),
                  v = random_floats(rng, static_cast<size_t>(total) * kn);
     const bool whole = c.norm == QkNorm::whole;
-    const Floats q_norm = random_floats(rng, whole ? qn : c.head_dim), k_norm = random_floats(rng, whole ? kn : c.head_dim);
+    const Floats q_norm = random_floats(rng, whole ? qn : c.head_dim),
+                 k_norm = random_floats(rng, whole ? kn : c.head_dim);
     Floats inv_freq(c.n_rot / 2);
     for (int i = 0; i < c.n_rot / 2; ++i) inv_freq[i] = static_cast<float>(std::pow(5e6, -2.0 * i / c.n_rot));
     Doubles kr = to_doubles(k), qr = to_doubles(q);
@@ -244,17 +248,21 @@ void test_attention(Backend& b, std::mt19937& rng) {
       Guarded ck(b, side / 4), cv(b, side / 4);
       const KvLayer kv = {ck.data(), cv.data(), types[ti], c.n_head_kv, c.head_dim, n_ctx};
       auto step = [&](int pos0, int rows) {
-        Guarded gq(b, Floats(q.begin() + static_cast<int64_t>(pos0) * qn, q.begin() + static_cast<int64_t>(pos0 + rows) * qn));
-        Guarded gk(b, Floats(k.begin() + static_cast<int64_t>(pos0) * kn, k.begin() + static_cast<int64_t>(pos0 + rows) * kn));
-        Guarded gv(b, Floats(v.begin() + static_cast<int64_t>(pos0) * kn, v.begin() + static_cast<int64_t>(pos0 + rows) * kn));
+        Guarded gq(
+            b, Floats(q.begin() + static_cast<int64_t>(pos0) * qn, q.begin() + static_cast<int64_t>(pos0 + rows) * qn));
+        Guarded gk(
+            b, Floats(k.begin() + static_cast<int64_t>(pos0) * kn, k.begin() + static_cast<int64_t>(pos0 + rows) * kn));
+        Guarded gv(
+            b, Floats(v.begin() + static_cast<int64_t>(pos0) * kn, v.begin() + static_cast<int64_t>(pos0 + rows) * kn));
         Guarded out(b, static_cast<size_t>(rows) * qn);
         b.qkv_post(post, {rows, pos0}, gq.data(), gk.data(), gv.data(), kv);
         b.attention(a, {rows, pos0}, gq.data(), kv, out.data());
         return out.get("attention");
       };
-      std::vector<std::pair<int, int>> steps = {{0, 1}, {1, 16}, {17, 200}, {217, 33}, {250, 5}, {255, 2}, {257, 243},
-                                                {500, 13}, {513, 280}, {793, 7}};
-      const std::string what = cat("attention ", c.n_head, "/", c.n_head_kv, "x", c.head_dim, " ", dtype_info(types[ti]).name);
+      std::vector<std::pair<int, int>> steps = {{0, 1},   {1, 16},    {17, 200}, {217, 33},  {250, 5},
+                                                {255, 2}, {257, 243}, {500, 13}, {513, 280}, {793, 7}};
+      const std::string what =
+          cat("attention ", c.n_head, "/", c.n_head_kv, "x", c.head_dim, " ", dtype_info(types[ti]).name);
       for (const auto& [pos0, rows] : steps) {
         const Floats out = step(pos0, rows);
         Doubles want(out.size());
@@ -268,7 +276,8 @@ void test_attention(Backend& b, std::mt19937& rng) {
             for (int p = first; p < end; ++p) {
               double dot = 0.0;
               for (int i = 0; i < c.head_dim; ++i) {
-                dot += qr[static_cast<size_t>(pos0 + r) * qn + h * c.head_dim + i] * kr[static_cast<size_t>(p) * kn + g * c.head_dim + i];
+                dot += qr[static_cast<size_t>(pos0 + r) * qn + h * c.head_dim + i] *
+                       kr[static_cast<size_t>(p) * kn + g * c.head_dim + i];
               }
               s[p - first] = dot * a.scale;
               largest = std::max(largest, s[p - first]);
@@ -284,8 +293,8 @@ void test_attention(Backend& b, std::mt19937& rng) {
         check(cat(what, " at ", pos0), want, out, kLimitAttention[ti], &worst[ti]);
       }
       if (!c.causal) continue;
-      // The same positions in other batches give the same bits (the cache is rewritten with the same values): 1..16 rows
-      // among themselves, more rows among themselves, and all where the cache is f32.
+      // The same positions in other batches give the same bits (the cache is rewritten with the same values): 1..16
+      // rows among themselves, more rows among themselves, and all where the cache is f32.
       const Floats many = step(0, total);
       Floats few;
       for (int pos0 = 0; pos0 < total; pos0 += kInt8Rows) {
@@ -293,20 +302,23 @@ void test_attention(Backend& b, std::mt19937& rng) {
         few.insert(few.end(), out.begin(), out.end());
       }
       if (types[ti] == DType::F32) expect(same_bits(few, many, few.size()), cat(what, ": few and many rows differ"));
-      for (const auto& [pos0, rows] : {std::pair<int, int>{0, 5}, {3, 16}, {245, 16}, {256, 1}, {250, 100}, {301, 17},
-                                       {640, 130}, {790, 4}}) {
+      for (const auto& [pos0, rows] :
+           {std::pair<int, int>{0, 5}, {3, 16}, {245, 16}, {256, 1}, {250, 100}, {301, 17}, {640, 130}, {790, 4}}) {
         const Floats out = step(pos0, rows), &whole = rows > kInt8Rows ? many : few;
-        const Floats part(whole.begin() + static_cast<int64_t>(pos0) * qn, whole.begin() + static_cast<int64_t>(pos0 + rows) * qn);
+        const Floats part(whole.begin() + static_cast<int64_t>(pos0) * qn,
+                          whole.begin() + static_cast<int64_t>(pos0 + rows) * qn);
         expect(same_bits(out, part, out.size()), cat(what, ": batch at ", pos0, " x ", rows, " differs"));
       }
       (void)ck.get("kv cache");
       (void)cv.get("kv cache");
     }
   }
-  for (int ti = 0; ti < 3; ++ti) report(cat("attention KV ", dtype_info(types[ti]).name).c_str(), worst[ti], kLimitAttention[ti]);
+  for (int ti = 0; ti < 3; ++ti)
+    report(cat("attention KV ", dtype_info(types[ti]).name).c_str(), worst[ti], kLimitAttention[ti]);
 }
 
-// ---- experts ------------------------------------------------------------------------------------------------------------
+// ---- experts
+// ------------------------------------------------------------------------------------------------------------
 
 // Returns the largest SwiGLU product.
 double ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor& down, int64_t e, const double* hq,
@@ -332,14 +344,18 @@ void test_experts(Backend& b, std::mt19937& rng) {
     int n_expert, top_k;
     int64_t n_embd, n_ff;
     int rows;
-    int force;  // 0: as drawn; 1: the bias sends all rows to the same experts
+    int force;          // 0: as drawn; 1: the bias sends all rows to the same experts
     float norm = 1.0f;  // scale of the norm's weights
   };
   const std::vector<Case> cases = {
-      {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 200, 0},  {DType::Q4_0, DType::Q4_0, 32, 8, 1024, 512, 140, 0},
-      {DType::Q4_0, DType::Q4_0, 32, 2, 416, 96, 140, 1},  {DType::Q4_1, DType::Q4_1, 24, 3, 256, 160, 140, 0},
-      {DType::Q8_0, DType::Q8_0, 24, 8, 256, 160, 140, 0}, {DType::Q4_0, DType::Q8_0, 256, 8, 128, 64, 140, 0},
-      {DType::Q4_0, DType::Q4_0, 200, 1, 96, 32, 140, 1},  {DType::BF16, DType::BF16, 16, 4, 128, 64, 40, 0},
+      {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 200, 0},
+      {DType::Q4_0, DType::Q4_0, 32, 8, 1024, 512, 140, 0},
+      {DType::Q4_0, DType::Q4_0, 32, 2, 416, 96, 140, 1},
+      {DType::Q4_1, DType::Q4_1, 24, 3, 256, 160, 140, 0},
+      {DType::Q8_0, DType::Q8_0, 24, 8, 256, 160, 140, 0},
+      {DType::Q4_0, DType::Q8_0, 256, 8, 128, 64, 140, 0},
+      {DType::Q4_0, DType::Q4_0, 200, 1, 96, 32, 140, 1},
+      {DType::BF16, DType::BF16, 16, 4, 128, 64, 40, 0},
       {DType::F32, DType::F32, 16, 4, 100, 50, 40, 0},
       {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 40, 0, 200.0f}};  // SwiGLU products beyond f16
   double worst = 0.0, worst_many = 0.0;
@@ -355,7 +371,8 @@ void test_experts(Backend& b, std::mt19937& rng) {
     if (c.force == 1) {
       for (int i = 0; i < c.top_k; ++i) bias[(i * 7 + 3) % c.n_expert] = 10.0f + static_cast<float>(i);
     }
-    const Floats norm = random_floats(rng, c.n_embd, c.norm), x = random_floats(rng, static_cast<size_t>(c.rows * c.n_embd), 2.0f);
+    const Floats norm = random_floats(rng, c.n_embd, c.norm),
+                 x = random_floats(rng, static_cast<size_t>(c.rows * c.n_embd), 2.0f);
     Guarded gbias(b, bias), gnorm(b, norm);
     Moe m;
     m.n_expert = c.n_expert;
@@ -367,7 +384,8 @@ void test_experts(Backend& b, std::mt19937& rng) {
     m.gate = &wg;
     m.up = &wu;
     m.down = &wd;
-    const std::string what = cat("moe ", dtype_info(c.type).name, " ", c.n_expert, "/", c.top_k, " ", c.n_embd, "x", c.n_ff);
+    const std::string what =
+        cat("moe ", dtype_info(c.type).name, " ", c.n_expert, "/", c.top_k, " ", c.n_embd, "x", c.n_ff);
     auto run = [&](int first, int rows) {
       Guarded gx(b, Floats(x.begin() + first * c.n_embd, x.begin() + (first + rows) * c.n_embd));
       b.moe(m, rows, gx.data());
@@ -457,14 +475,16 @@ void test_experts(Backend& b, std::mt19937& rng) {
   report("ffn", worst_ffn, kLimitExperts);
 }
 
-// ---- recorded steps, errors ---------------------------------------------------------------------------------------------
+// ---- recorded steps, errors
+// ---------------------------------------------------------------------------------------------
 
 void test_steps(Backend& b, std::mt19937& rng) {
   const int n_ctx = 2048, heads = 4, dim = 128, n = heads * dim, rows = 3;
   const auto t = random_tensor(rng, DType::Q4_0, n, n);
   const Weight w = b.load(t->host, t);
   const Floats ones(n, 1.0f), freq(32, 0.01f);
-  Guarded norm(b, ones), inv_freq(b, freq), q(b, rows * n), k(b, rows * n), v(b, rows * n), out(b, rows * n), y(b, rows * n);
+  Guarded norm(b, ones), inv_freq(b, freq), q(b, rows * n), k(b, rows * n), v(b, rows * n), out(b, rows * n),
+      y(b, rows * n);
   const size_t side = static_cast<size_t>(heads) * n_ctx * dim * 2;
   Buffer ck = b.alloc(side), cv = b.alloc(side);
   const Floats zeros(side / 4, 0.0f);
