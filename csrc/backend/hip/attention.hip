@@ -20,6 +20,8 @@ constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
 // Splits of 64 keys up to 512, of 256 up to 8192, of 1024 beyond.
 constexpr int kShortEnd = 512, kMiddleEnd = 8192;
 constexpr int kFewSplits = 24;  // contexts that leave room for more blocks
+// Blocks of a launch of a few rows with fewer queries each (NVIDIA), so that each finishes sooner.
+constexpr int kFewRowBlocks = 720;
 constexpr int kShortSplits = kShortEnd / 64, kMiddleSplits = (kMiddleEnd - kShortEnd) / 256;
 
 __host__ __device__ inline int split_of(int key) {
@@ -241,8 +243,7 @@ __device__ inline Intake plan_intake(const AttentionArgs& p, int kv_head, int fi
   const float* norm =
       t < k0 ? post.q_norm + (n.whole ? head * Dims * 32 : 0) : post.k_norm + (n.whole ? kv_head * Dims * 32 : 0);
   n.weight = *reinterpret_cast<const float4*>(norm + dim);
-  // One row: its rotations once for all. (More rows have more than there are threads.)
-  if (p.step_rows == 1 && t < post.n_rot / 2) rotations[t] = rotation(post, t, static_cast<float>(n.pos0));
+  if (t < post.n_rot / 2) rotations[t] = rotation(post, t, static_cast<float>(n.pos0));
   return n;
 }
 
@@ -313,23 +314,22 @@ __device__ inline void take_in(const AttentionArgs& p, const Intake& n, int kv_h
     if (gpu::lane() == 0) inverse[i] = 1.0f / sqrtf(sum / static_cast<float>(i < n.n_q ? nq : nk) + post.eps);
   }
   __syncthreads();
-  auto turned = [&](const float* x, const float4& weight, float inverse_rms, int dim, int row) {
+  auto turned = [&](const float* x, const float4& weight, float inverse_rms, int dim) {
     const float4 v = times(*reinterpret_cast<const float4*>(x + dim), inverse_rms, weight);
     const float4 other = shuffle_quad(v, post.n_rot / 8);
     if (dim >= post.n_rot) return v;
-    if (p.step_rows == 1) return rotate_quad(post, dim, v, other, [&](int j) { return rotations[j]; });
-    return rotate_quad(post, dim, v, other, [&](int j) { return rotation(post, j, static_cast<float>(n.pos0 + row)); });
+    return rotate_quad(post, dim, v, other, [&](int j) { return rotations[j]; });
   };
   const int new_quads = n.n_new * kPerHead, k0 = List::padded(List::kQ), v0 = k0 + List::padded(new_quads);
   for (int i0 = t; i0 < v0 + List::padded(new_quads); i0 += kAttentionThreads) {
     if (i0 < k0) {
-      const int i = min(i0, List::kQ - 1), query = min(first_query + i / kPerHead, last_query), row = query / group;
+      const int i = min(i0, List::kQ - 1), query = min(first_query + i / kPerHead, last_query);
       const int dim = i % kPerHead * 4;
       const float4 weight =
           i0 == t ? n.weight
                   : *reinterpret_cast<const float4*>(post.q_norm + (n.whole ? head_of(query) * kHeadDim : 0) + dim);
       const float4 v =
-          turned(q_at(query), weight, inverse[n.whole ? row - n.first_row : query - first_query], dim, row);
+          turned(q_at(query), weight, inverse[n.whole ? query / group - n.first_row : query - first_query], dim);
       if (i0 < List::kQ) reinterpret_cast<float4*>(&q_lds[0][0])[i] = v;
       continue;
     }
@@ -339,7 +339,7 @@ __device__ inline void take_in(const AttentionArgs& p, const Intake& n, int kv_h
     if (key) {
       const float4 weight =
           i0 == t ? n.weight : *reinterpret_cast<const float4*>(post.k_norm + (n.whole ? kv_head * kHeadDim : 0) + dim);
-      const float4 v = turned(k_at(row), weight, inverse[n.n_q + i / kPerHead], dim, row);
+      const float4 v = turned(k_at(row), weight, inverse[n.n_q + i / kPerHead], dim);
       store_kv_quad(p.kv, p.kv.k, kv_head, n.pos0 + row, dim, v, inside);
     } else {
       const float4 v = *reinterpret_cast<const float4*>(p.in.v + (k_at(row) - p.in.k) + dim);
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
   constexpr int kHeadDim = Dims * 32;
   alignas(16) __shared__ float q_lds[Queries][kHeadDim];  // later: the results
   // sums, 1 / rms and rotations while q, k and v are taken in; later the waves' results
-  constexpr int kVectors = Queries + kTakeInRows, kIntake = kVectors * (gpu::kWave + 1) + 2 * kRotations + 2;
+  constexpr int kVectors = Queries + 1, kIntake = kVectors * (gpu::kWave + 1) + 2 * kRotations + 2;
   constexpr int kResults = kAttentionWaves * Queries * kHeadDim;
   alignas(16) __shared__ float pool[gpu::kTakeIn && kIntake > kResults ? kIntake : kResults];
   auto o_lds = reinterpret_cast<float (*)[Queries][kHeadDim]>(pool);
@@ -498,13 +498,19 @@ void split(gpu::Stream s, const AttentionArgs& args) {
                     static_cast<unsigned>(args.max_splits));
     gpu::launch(s, grid, kAttentionThreads, kernel, args);
   };
+  const int most_blocks = gpu::kTakeIn && args.rows <= 16 ? kFewRowBlocks : 0;
+  auto blocks_of = [&](int queries) {
+    return (n_queries + queries - 1) / queries * args.a.n_head_kv * args.max_splits;
+  };
   // A query's result does not depend on how many share its block.
   constexpr int kMost = Dims <= 4 ? 8 : 4;
   if (n_queries == 1) {
     run(1, attention_split_kernel<T, Dims, 1>);
   } else if (args.rows == 1 && args.max_splits <= kFewSplits) {
     run(2, attention_split_kernel<T, Dims, 2>);  // more blocks that each finish sooner
-  } else if (n_queries <= 4) {
+  } else if (blocks_of(2) <= most_blocks) {
+    run(2, attention_split_kernel<T, Dims, 2>);
+  } else if (n_queries <= 4 || blocks_of(4) <= most_blocks) {
     run(4, attention_split_kernel<T, Dims, 4>);
   } else {
     run(kMost, attention_split_kernel<T, Dims, kMost>);

@@ -346,8 +346,8 @@ __device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_
       }
     }
   };
-  if constexpr (MaxRows == 1) {
-    dot(std::integral_constant<int, 1>{});
+  if constexpr (MaxRows <= 2) {  // made for exactly so many
+    dot(std::integral_constant<int, MaxRows>{});
   } else {
     switch (count) {
       case 1:
@@ -393,27 +393,40 @@ __host__ __device__ inline int act_bytes(int groups) {
   return act_stride(groups) + groups * static_cast<int>(sizeof(GroupScale));
 }
 
-template <typename RowOf>
+// Whole: by copies that are all under way at once, and a wait for these and for all weights begun before.
+template <bool Whole = false, typename RowOf>
 __device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
   const int groups = span.g1 - span.g0, all = static_cast<int>(x.n / 32);
-  constexpr int kTogether = 4;
   int8_t* q = reinterpret_cast<int8_t*>(lds);
   GroupScale* scale = reinterpret_cast<GroupScale*>(lds + most * act_stride(groups));
-  for (int r0 = 0; r0 < count; r0 += kTogether) {
-    for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
-      int4 v[kTogether];
-      GroupScale s[kTogether];
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int row = row_of(min(r0 + j, count - 1)) * all + span.g0;
-        v[j] = reinterpret_cast<const int4*>(x.q)[static_cast<int64_t>(row) * 2 + i];
-        if (i < groups) s[j] = x.scale[row + i];
+  if constexpr (Whole) {
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = static_cast<int64_t>(row_of(r)) * all + span.g0;
+      for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
+        gpu::copy_begin<16>(lds + r * act_stride(groups) + i * 16, x.q + row * 32 + i * 16);
+        if (i < groups) gpu::copy_begin<8>(reinterpret_cast<uint8_t*>(scale + r * groups + i), x.scale + row + i);
       }
+    }
+    gpu::copy_commit();
+    gpu::copy_wait<0>();
+  } else {
+    constexpr int kTogether = 4;
+    for (int r0 = 0; r0 < count; r0 += kTogether) {
+      for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
+        int4 v[kTogether];
+        GroupScale s[kTogether];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (r0 + j >= count) break;
-        *reinterpret_cast<int4*>(q + (r0 + j) * act_stride(groups) + i * 16) = v[j];
-        if (i < groups) scale[(r0 + j) * groups + i] = s[j];
+        for (int j = 0; j < kTogether; ++j) {
+          const int row = row_of(min(r0 + j, count - 1)) * all + span.g0;
+          v[j] = reinterpret_cast<const int4*>(x.q)[static_cast<int64_t>(row) * 2 + i];
+          if (i < groups) s[j] = x.scale[row + i];
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (r0 + j >= count) break;
+          *reinterpret_cast<int4*>(q + (r0 + j) * act_stride(groups) + i * 16) = v[j];
+          if (i < groups) scale[(r0 + j) * groups + i] = s[j];
+        }
       }
     }
   }

@@ -56,8 +56,10 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     norm.run(acts, sums);
     x = {reinterpret_cast<const int8_t*>(acts) + span.g0 * 32,
          reinterpret_cast<const GroupScale*>(acts + groups * 32) + span.g0, 0, 0};
-  } else if (gpu::kStaged && (MaxRows == 1 || memory.acts > 0)) {
-    x = stage_acts(memory.act_rows(lds, wave), in.x, span, [](int r) { return r; }, in.rows, memory.acts);
+  } else if (gpu::kStaged && (MaxRows <= 2 || memory.acts > 0)) {
+    // One tile, all its weights are on their way: nothing is lost by waiting for them with the rows.
+    constexpr bool kWhole = Slots > 12 / kChunk<F>;
+    x = stage_acts<kWhole>(memory.act_rows(lds, wave), in.x, span, [](int r) { return r; }, in.rows, memory.acts);
   } else {
     x = {in.x.q + span.g0 * 32, in.x.scale + span.g0, groups * 32, groups};
   }
@@ -90,7 +92,7 @@ void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add
     if (gpu::kStaged) {
       memory.segment = segment_groups(groups);
       memory.ring_bytes = slots * Slot<F, 0>::kBytes;
-      if (!Norm && (MaxRows == 1 || kSegments * in.rows * act_bytes(memory.segment) <= kActsMost))
+      if (!Norm && (MaxRows <= 2 || kSegments * in.rows * act_bytes(memory.segment) <= kActsMost))
         memory.acts = in.rows;
       shared += kSegments * static_cast<size_t>(memory.wave_bytes());
     }
@@ -114,6 +116,8 @@ template <typename F>
 void matmul_few_rows(gpu::Stream s, const OutList& list, const FewInput& in, bool add) {
   if (in.rows == 1) {
     matmul_few<F, 1, false>(s, list, in, add);
+  } else if (gpu::kStaged && in.rows == 2) {
+    matmul_few<F, gpu::kStaged ? 2 : 4, false>(s, list, in, add);
   } else if (in.rows <= 4) {
     matmul_few<F, 4, false>(s, list, in, add);
   } else if (in.rows <= 8) {

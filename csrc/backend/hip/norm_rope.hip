@@ -215,7 +215,7 @@ bool rotates_by_quads(const QkvPost& p) {
 }
 
 bool attention_can_take_in(const QkvPost& p, int rows) {
-  return gpu::kTakeIn && rows <= kTakeInRows && rotates_by_quads(p) &&
+  return gpu::kTakeIn && rows == 1 && rotates_by_quads(p) &&
          (p.norm == QkNorm::per_head || static_cast<int64_t>(p.n_head) * p.head_dim <= kVectorMost);
 }
 
