@@ -39,8 +39,8 @@ class TimedBackend final : public Backend {
     time("rms_norm", [&] { b_.rms_norm(x, w, eps, rows, n, y); });
   }
   void norm_matmul(const float* x, const float* norm, float eps, int rows, const MatmulOut* outs, int n) override {
-    const char* names[] = {"norm_matmul 1", "norm_matmul 2", "norm_matmul 3"};
-    time(names[n > 3 ? 2 : n - 1], [&] { b_.norm_matmul(x, norm, eps, rows, outs, n); });
+    const char* names[] = {"norm_matmul 1", "norm_matmul 2", "norm_matmul 3", "norm_matmul more"};
+    time(names[n > 3 ? 3 : n - 1], [&] { b_.norm_matmul(x, norm, eps, rows, outs, n); });
   }
   void matmul_add(const Weight& w, const float* x, int rows, float* y) override {
     time("matmul_add", [&] { b_.matmul_add(w, x, rows, y); });
@@ -63,6 +63,14 @@ class TimedBackend final : public Backend {
   void top1(const float* logits, int rows, int64_t n, Top1* out) override {
     time("top1", [&] { b_.top1(logits, rows, n, out); });
   }
+  int sample(const Sampling& sampling, float* logits, int64_t n, int32_t* out) override {
+    int rows = 0;
+    time("sample", [&] { rows = b_.sample(sampling, logits, n, out); });
+    return rows;
+  }
+  size_t weight_bytes(const HostTensor& t) const override { return b_.weight_bytes(t); }
+  bool asynchronous() const override { return b_.asynchronous(); }
+  void loaded() override { b_.loaded(); }
   ExpertCount take_expert_count() override { return b_.take_expert_count(); }
 
  private:

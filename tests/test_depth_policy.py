@@ -92,6 +92,19 @@ def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
     assert run.regret(slice(500, 900)) < REGRET
 
 
+def test_a_good_copy_that_seems_too_dear_is_measured_again_now_and_then() -> None:
+    # A width that only lookup uses, once measured in a bad moment, would otherwise never be measured again.
+    policy = _core.DepthPolicy(list(linear(1.2)), 0.2)
+    true, taken = 0.02 * linear(1.2), []
+    for _ in range(600):
+        source, n = policy.plan(SLOTS, False, 24, SLOTS)
+        taken.append(source == "lookup")
+        policy.observe(
+            source, verified=n, accepted=n, confidence=[], draft_seconds=0.0, verify_seconds=true[n], lookup_match=24
+        )
+    assert 5 <= sum(taken[200:]) <= 12
+
+
 def test_outliers_are_not_believed() -> None:
     noise = Noise(outliers=0.15, largest=20.0)
     runs = [simulate([(Text(ACCEPTANCE["strong"]), 600)], moe(0.66), 0.1, seed=s, noise=noise) for s in range(3)]

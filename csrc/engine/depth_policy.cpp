@@ -28,15 +28,18 @@ CostTable::CostTable(std::vector<double> prior, bool has_yardstick)
       prior_(std::move(prior)),
       recent_(prior_.size()),
       own_(prior_.size(), 0.0),
-      trust_(prior_.size(), 0.0) {}
+      trust_(prior_.size(), 0.0),
+      unconfirmed_(prior_.size(), 1.0) {}
 
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
   if (count(index) > 0) follow(index, seconds / at(index));
   if (index == 0 && yardstick_afresh_) {
+    confirm_shift(seconds / at(0));
     recent_[0].clear();
     yardstick_afresh_ = false;
   }
+  unconfirmed_[index] = 1.0;
   if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
   std::deque<double>& recent = recent_[index];
   recent.push_back(seconds);
@@ -51,19 +54,43 @@ void CostTable::observe(size_t index, double seconds) {
 // yardstick, by which everything is judged: a stretch of noise must not inflate it, so it is asked to be measured
 // again.
 void CostTable::follow(size_t index, double surprise) {
-  surprises_.push_back(surprise);
+  surprises_.push_back({index, surprise});
   if (surprises_.size() < kShift) return;
   if (surprises_.size() > kShift) surprises_.pop_front();
-  const auto [least, most] = std::minmax_element(surprises_.begin(), surprises_.end());
-  if (*least < kShifted && *most > 1.0 / kShifted) return;
-  const double factor = *least >= kShifted ? *least : *most;  // the most careful of them
+  double least = surprise, most = surprise;
+  for (const auto& [i, found] : surprises_) least = std::min(least, found), most = std::max(most, found);
+  if (least < kShifted && most > 1.0 / kShifted) return;
+  const double factor = least >= kShifted ? least : most;  // the most careful of them
   if (has_yardstick_ && index != 0) yardstick_due_ = yardstick_afresh_ = true;
   for (size_t i = 0; i < recent_.size(); ++i) {
-    for (double& seconds : recent_[i]) seconds *= factor;
-    own_[i] *= factor;
+    rescale(i, factor);
+    unconfirmed_[i] *= factor;
   }
   surprises_.clear();
   fit();
+}
+
+// What was measured since the surprises began is of the new time already.
+void CostTable::rescale(size_t index, double factor) {
+  std::deque<double>& recent = recent_[index];
+  if (recent.empty()) return;
+  size_t old = recent.size();
+  for (const Surprise& s : surprises_) old -= s.first == index && old > 0 ? 1 : 0;
+  if (!surprises_.empty() && surprises_.back().first == index) old += 1;  // the last is not among them yet
+  for (size_t i = 0; i < std::min(old, recent.size()); ++i) recent[i] *= factor;
+  summarize(index);
+}
+
+// The yardstick, measured after a shift, against what the shift made of it. If it did not move, the stretch is over:
+// what was moved and not measured since goes back, or every slow stretch would leave the rest dearer for good.
+void CostTable::confirm_shift(double yardstick) {
+  for (size_t i = 1; i < unconfirmed_.size(); ++i) {
+    const double factor = unconfirmed_[i];
+    if ((factor > 1.0 && yardstick < 1.0 / kShifted) || (factor < 1.0 && yardstick > kShifted)) {
+      rescale(i, 1.0 / factor);
+    }
+    unconfirmed_[i] = 1.0;
+  }
 }
 
 // The faster half: delays are one-sided.
@@ -178,6 +205,9 @@ constexpr int kExplore = 8;            // every so many drafted rounds a width h
 constexpr int kLook = 8;               // every so many probes measure a pass of two rows
 constexpr size_t kMeasured = 2;        // ... until it has been measured this often
 constexpr double kMargin = 1.03;       // drafting must promise this much: the best of noisy estimates promises too much
+constexpr double kGoodCopy = 0.75;     // acceptance of lookup's tokens that is worth a look ...
+constexpr int kCopyLook = 48;          // ... every so many candidates left aside ...
+constexpr int kCopyTry = 7;            // ... at this many tokens
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking, at least
 constexpr double kLongestWait = 160;   // and between probes that show nothing
@@ -280,10 +310,17 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   rate_ = std::max({plain, draft.rate, lookup.rate});
 
   const bool copy = lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate;
+  // A copy that has stood well so far is tried now and then against what the costs say, which may be old.
+  if (lookup_match > 0 && !copy && lookup_acceptance_[static_cast<size_t>(lookup_bucket(lookup_match))] > kGoodCopy &&
+      ++copies_left_ >= kCopyLook) {
+    copies_left_ = 0;
+    return {DraftSource::lookup, std::min({max_depth, lookup_tokens, kCopyTry})};
+  }
   const bool unknown = has_drafter && replay_.empty();
   const bool probe_due = has_drafter && parked_ && wait_ <= 1;  // runs of lookup must not keep a probe away
   if (copy && !unknown && !probe_due) {
     if (parked_) --wait_;
+    copies_left_ = 0;
     return {DraftSource::lookup, lookup.n};
   }
   if (!has_drafter) return {};

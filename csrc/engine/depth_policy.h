@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <deque>
+#include <utility>
 #include <vector>
 
 namespace dflash {
@@ -61,6 +62,8 @@ class CostTable {
 
  private:
   void follow(size_t index, double surprise);
+  void confirm_shift(double yardstick);
+  void rescale(size_t index, double factor);
   void summarize(size_t index);
   double trust(size_t index) const;  // measurements, those of long ago counted less
   void fit();
@@ -71,8 +74,10 @@ class CostTable {
   std::vector<std::deque<double>> recent_;
   std::vector<double> own_;  // from recent_ alone
   std::vector<double> trust_;
-  std::vector<double> cost_;      // empty before the first measurement
-  std::deque<double> surprises_;  // found over expected, the last few measurements of any index
+  std::vector<double> cost_;         // empty before the first measurement
+  std::vector<double> unconfirmed_;  // factor by which an index was moved with the others and not measured since
+  using Surprise = std::pair<size_t, double>;
+  std::deque<Surprise> surprises_;  // index, found over expected: the last few measurements
 };
 
 // P(slot's draft stands | those before it stood, the drafter gave it probability c).
@@ -146,6 +151,7 @@ class DepthPolicy {
   int yardstick_left_ = 0;  // plain rounds still owed to the yardstick
   double rate_ = 0.0;       // tokens a second of the best choice, the price of time in verify_depth()
   int drafted_rounds_ = 0;
+  int copies_left_ = 0;    // lookup candidates not taken, in a row
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes
   int active_rounds_ = 0;  // drafting rounds since it was last parked
