@@ -115,6 +115,7 @@ void Session::rewind(int pos) {
   if (pos < 0 || pos > pos_) fail("rewind: a position from 0 to ", pos_, " expected, found ", pos);
   pos_ = pos;
   active_ = false;
+  followed_ = {};  // their text may go on otherwise
   if (tokens_.size() > static_cast<size_t>(pos)) {
     tokens_.resize(static_cast<size_t>(pos));
     lookup_.truncated(tokens_.size());
