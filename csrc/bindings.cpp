@@ -170,6 +170,7 @@ py::dict stats_dict(const Stats& s) {
   d["drafted"] = s.drafted;
   d["accepted"] = s.accepted;
   d["proposed"] = s.proposed;
+  d["left_out_tokens"] = s.left_out_tokens;
   d["lookup_drafted"] = s.lookup_drafted;
   d["lookup_accepted"] = s.lookup_accepted;
   d["drafted_per_slot"] = s.drafted_per_slot;
@@ -475,6 +476,7 @@ void bind_session(py::module_& m) {
              d["draft_seconds"] = draft;
              d["best_rate"] = p.best_rate();
              d["parked"] = p.parked();
+             d["asleep"] = p.asleep();
              return d;
            })
       .def("session_stats", [](const Session& s) { return stats_dict(s.session_stats()); })
@@ -572,6 +574,7 @@ void bind_policy(py::module_& m) {
       .def("verify_cost", &DepthPolicy::verify_cost, py::arg("width"))
       .def("draft_cost", &DepthPolicy::draft_cost, py::arg("n"))
       .def_property_readonly("parked", &DepthPolicy::parked)
+      .def_property_readonly("asleep", &DepthPolicy::asleep)
       .def_property_readonly("best_rate", &DepthPolicy::best_rate);
 }
 

@@ -215,6 +215,9 @@ constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds whi
 constexpr double kProbeShare = 0.005;      // of the time, that probes may cost in the long run ...
 constexpr double kFirstShare = 0.05;       // ... just after parking ...
 constexpr double kProbeMost = 0.02;        // ... and in the long run where kLongestWait is not long enough
+constexpr double kFar = 0.85;              // promise of a probe, against plain decoding, at which the drafter may sleep
+constexpr int kFarSlots = 2;               // slots that a probe asks for then
+constexpr int kAwake = 48;                 // rounds before the next probe that it hears of
 constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
@@ -347,8 +350,10 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     wait_ = interval_;
   }
   if (--wait_ > 0) return {};
-  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few.
-  return {DraftSource::dflash, std::min(std::max(draft.n, kFirstDepth), max_depth)};
+  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few, while there is
+  // something to learn.
+  const int slots = far_ && interval_ == longest_wait() ? kFarSlots : kFirstDepth;
+  return {DraftSource::dflash, std::min(std::max(draft.n, slots), max_depth)};
 }
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
@@ -415,7 +420,9 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   if (parked_) {
     probe_stood_ = o.accepted == o.verified ? o.accepted : -1;
     // A probe that looks as if drafting would pay, or did, is followed by another one at once.
-    if (best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1) || pays(o.accepted)) {
+    const double promise = best_draft(o.drafted, 1).rate * verify_cost(1);  // against plain decoding
+    far_ = best_draft(o.drafted, replay_.size()).rate * verify_cost(1) < kFar && promise < kFar;
+    if (promise > 1.0 || pays(o.accepted)) {
       wait_ = 1;
     } else {
       interval_ = std::min(std::max(2 * interval_, first_wait()), longest_wait());
@@ -424,6 +431,8 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
   }
 }
+
+bool DepthPolicy::asleep() const { return parked_ && far_ && wait_ > kAwake; }
 
 // Whether a round with that many accepted drafts would have been worth its time.
 bool DepthPolicy::pays(int accepted) const {

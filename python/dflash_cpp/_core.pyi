@@ -199,10 +199,11 @@ class Session:
         drafted_per_slot, accepted_per_slot, depth_histogram, seconds {prefill, draft, verify, sample, ingest},
         verify_by_width[w] {calls, seconds} of target passes of w rows, draft_by_count[n] {calls, seconds},
         experts_by_width[w] and expert_calls_by_width[w] (distinct experts read, summed over layers and passes),
-        proposed (slots the drafter computed), lookup_drafted, lookup_accepted."""
+        proposed (slots the drafter computed), lookup_drafted, lookup_accepted,
+        left_out_tokens (committed while the drafter slept)."""
     def policy_state(self) -> dict[str, Any]:
         """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
-        parked."""
+        parked, asleep."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
@@ -246,6 +247,8 @@ class DepthPolicy:
     def draft_cost(self, n: int) -> float: ...
     @property
     def parked(self) -> bool: ...
+    @property
+    def asleep(self) -> bool: ...
     @property
     def best_rate(self) -> float: ...
 

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "engine/accept.h"
 #include "engine/depth_policy.h"
+#include "engine/drafter_timeline.h"
 #include "engine/lookup.h"
 #include "engine/sampler.h"
 
@@ -272,9 +273,43 @@ void test_policy() {
   CHECK(table.at(0) < 12.0);  // one outlier does not move a median
 }
 
+// Against a list that says of every token whether the drafter has it (1), is owed it (2) or missed it (0).
+void test_drafter_timeline() {
+  std::mt19937 random(7);
+  DrafterTimeline timeline;
+  Ids naive;
+  for (int i = 0; i < 5000; ++i) {
+    const int n = static_cast<int>(random() % 7);
+    const unsigned what = random() % 8;
+    if (what < 3) {
+      timeline.keep(n);
+      naive.insert(naive.end(), static_cast<size_t>(n), 2);
+    } else if (what < 5) {
+      timeline.take_in();
+      std::replace(naive.begin(), naive.end(), 2, 1);
+    } else if (what < 7) {
+      timeline.leave_out(n);
+      naive.insert(naive.end(), static_cast<size_t>(n), 0);
+      std::replace(naive.begin(), naive.end(), 2, 0);  // what waited would be torn from what follows
+    } else {
+      const size_t pos = naive.size() - std::min(naive.size(), static_cast<size_t>(random() % 40));
+      timeline.rewind(static_cast<int>(pos));
+      naive.resize(pos);
+    }
+    const auto count = [&](int state) { return static_cast<int>(std::count(naive.begin(), naive.end(), state)); };
+    CHECK(timeline.reach() == static_cast<int>(naive.size()));
+    CHECK(timeline.cached() == count(1));
+    CHECK(timeline.pending() == count(2));
+    CHECK(timeline.left_out() == count(0));
+  }
+  timeline.rewind(0);
+  CHECK(timeline.reach() == 0 && timeline.left_out() == 0);
+}
+
 }  // namespace
 
 int main() {
+  test_drafter_timeline();
   test_accept();
   test_sampler();
   test_sample_op();
