@@ -5,6 +5,7 @@
 #include <random>
 
 #include "backend/backend.h"
+#include "backend/cpu/row_sampler.h"
 #include "check.h"
 #include "engine/accept.h"
 #include "engine/depth_policy.h"
@@ -134,6 +135,51 @@ void test_sampler() {
   bad = {};
   bad.logit_bias[5] = 1.0f;
   CHECK_THROWS((check_sampling(bad, 5), 0), "logit_bias");
+}
+
+// A long row with ties: what is drawn at u is where the distribution, in the order documented, passes u; and top_p
+// keeps the fewest tokens. The reference sorts everything.
+void test_long_rows() {
+  std::mt19937 random(3);
+  constexpr int64_t kVocab = 5000;
+  std::vector<float> logits(kVocab);
+  cpu::RowSampler sampler;
+  for (int round = 0; round < 60; ++round) {
+    const float spread = round % 3 == 0 ? 0.0f : round % 3 == 1 ? 0.3f : 3.0f;
+    for (float& l : logits) l = std::normal_distribution<float>(0.0f, spread)(random);
+    if (round % 4 == 0) std::fill_n(logits.begin() + 100, 2000, logits[7]);
+    Sampling s;
+    s.temperature = round % 2 == 0 ? 1.0f : 0.6f;
+    s.top_p = round % 5 == 0 ? 1.0f : 0.9f;
+    s.top_k = round % 7 == 0 ? 300 : 0;
+    s.draws = {static_cast<uint64_t>(random()) << 21};
+
+    std::vector<std::pair<double, int32_t>> order;  // minus weight, id
+    const float top = *std::max_element(logits.begin(), logits.end());
+    for (int32_t id = 0; id < kVocab; ++id) {
+      order.push_back({-std::exp((double{logits[static_cast<size_t>(id)]} - top) / s.temperature), id});
+    }
+    order.erase(std::remove_if(order.begin(), order.end(), [](const auto& o) { return o.first > -0x1p-45; }),
+                order.end());  // those are never drawn
+    if (s.top_k > 0 || s.top_p < 1.0f) std::sort(order.begin(), order.end());
+    if (s.top_k > 0) order.resize(static_cast<size_t>(s.top_k));
+    double total = 0.0, mass = 0.0;
+    for (const auto& [weight, id] : order) total -= weight;
+    size_t kept = 0;
+    while (kept < order.size() && (s.top_p >= 1.0f || mass < s.top_p * total)) mass -= order[kept++].first;
+    double left = static_cast<double>(s.draws[0]) * 0x1.0p-53 * mass;
+    size_t at = 0;
+    while (at + 1 < kept && (left += order[at].first) >= 0.0) ++at;
+
+    sampler.edit(s, 0, logits.data(), kVocab);
+    const std::vector<double> distribution = sampler.distribution(s);
+    CHECK(static_cast<size_t>(
+              std::count_if(distribution.begin(), distribution.end(), [](double p) { return p > 0; })) == kept);
+    for (size_t i = 0; i < kept; ++i) {
+      CHECK(std::abs(distribution[static_cast<size_t>(order[i].second)] + order[i].first / mass) < 1e-12);
+    }
+    CHECK(sampler.draw(s, 0) == order[at].second);
+  }
 }
 
 // The backend op draws each row as the sampler draws it behind its drafts, and stops where a draft does not stand.
@@ -313,6 +359,7 @@ int main() {
   test_accept();
   test_sampler();
   test_sample_op();
+  test_long_rows();
   test_lookup();
   test_policy();
   return test::report("test_engine");
