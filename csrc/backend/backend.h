@@ -228,7 +228,7 @@ struct BackendOptions {
   std::string name = "auto";     // auto | cpu | hip
   int n_threads = 0;             // 0: all cores this process may use
   bool precise = false;          // f32 activations (CPU)
-  std::string cpu_isa = "auto";  // auto | plain | avx2 | avxvnni | avx512vnni | amx
+  std::string cpu_isa = "auto";  // auto | plain | avx2 | avxvnni | avx512vnni | amx | neon | neon_dotprod | neon_i8mm
   bool repack = true;            // CPU: repack weights at load where that pays
 };
 

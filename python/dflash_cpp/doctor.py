@@ -24,6 +24,9 @@ ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
     "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),
     "avx2": ("avx2", "fma", "f16c"),
+    "neon_i8mm": ("asimddp", "i8mm"),
+    "neon_dotprod": ("asimddp",),
+    "neon": ("asimd",),
     "plain": (),
 }
 _PACKAGES: Final = ("numpy", "gguf", "safetensors", "tokenizers", "jinja2", "rich")
