@@ -226,10 +226,13 @@ class Backend {
 
 struct BackendOptions {
   std::string name = "auto";     // auto | cpu | hip
-  int n_threads = 0;             // 0: all cores this process may use
+  int n_threads = 0;             // 0: one for each core this process may use
   bool precise = false;          // f32 activations (CPU)
   std::string cpu_isa = "auto";  // auto | plain | avx2 | avxvnni | avx512vnni | amx | neon | neon_dotprod | neon_i8mm
   bool repack = true;            // CPU: repack weights at load where that pays
+  // CPU, memory of machines with several NUMA nodes: interleave | off (where it is first touched) | auto (interleave
+  // when the threads may run on more than one node)
+  std::string numa = "auto";
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);

@@ -48,6 +48,7 @@ class Report:
     backends: dict[str, str]
     instruction_sets: dict[str, str]
     threads: dict[str, int]
+    numa: str
     memory: dict[str, int]
     devices: list[dict[str, Any]]
     devices_note: str
@@ -83,7 +84,11 @@ def instruction_sets() -> dict[str, str]:
 def _threads() -> dict[str, int]:
     cores = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return {"logical cores": cores, "usable by this process": allowed}
+    return {
+        "logical cores": cores,
+        "usable by this process": allowed,
+        "used unless told otherwise": _core.default_threads(),
+    }
 
 
 def _memory() -> dict[str, int]:
@@ -168,6 +173,7 @@ def examine() -> Report:
         backends=_core.backends(),
         instruction_sets=instruction_sets(),
         threads=_threads(),
+        numa=_core.describe_numa(),
         memory=_memory(),
         devices=devices,
         devices_note=note,
@@ -195,6 +201,7 @@ def render(report: Report) -> RenderableType:
         machine.add_row(f"build: {key}", value)
     for key, n in report.threads.items():
         machine.add_row(f"threads: {key}", str(n))
+    machine.add_row("numa", escape(report.numa))
     for key, n in report.memory.items():
         machine.add_row(f"memory: {key}", human_bytes(n))
     for key, value in report.packages.items():

@@ -173,6 +173,7 @@ class CpuBackend final : public Backend {
   const Kernels& k_;
   const bool precise_;
   const bool repack_;
+  const std::vector<int> nodes_;  // NUMA nodes that large allocations are interleaved over; empty: none
   ExpertCount count_;
   Buffer arena_;
   size_t arena_used_ = 0;
