@@ -145,6 +145,8 @@ MemoryInfo CpuBackend::memory() const {
   MemoryInfo info;
   info.total = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
   info.free = mem_available(info.total);
+  if (repack_)
+    info.hint = "repack=False (weights stay in the file's mapping: what does not fit is read again, not swapped)";
   return info;
 }
 
@@ -243,7 +245,8 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
 }
 
 size_t CpuBackend::weight_bytes(const HostTensor& t) const {
-  if (!repacks(t)) return 0;
+  if (!read_whole(t)) return 0;
+  if (!repacks(t)) return t.bytes;  // page cache
   return panel_bytes(t.type, t.n_in) * static_cast<size_t>(panels_of(t.n_out) * t.n_expert);
 }
 

@@ -81,7 +81,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
     group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N", help="prompt tokens of a prefill chunk")
     group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
-    group.add_argument("--no-repack", action="store_true", help="read the weights where the file is mapped")
+    group.add_argument("--no-repack", action="store_true", help="use the weights where the file is mapped: slower")
     group.add_argument("--numa", choices=NUMA, default=d.numa, help="memory over NUMA nodes (default: %(default)s)")
 
 
