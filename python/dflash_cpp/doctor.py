@@ -22,6 +22,7 @@ from .inspect_gguf import human_bytes
 # Processor flags that each instruction set needs, as Linux names them.
 ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    "amx": ("avx512_vnni", "amx_tile", "amx_int8"),
     "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),
     "avx2": ("avx2", "fma", "f16c"),
     "neon_i8mm": ("asimddp", "i8mm"),
@@ -70,11 +71,12 @@ def _cpu_flags() -> set[str] | None:
 
 
 def instruction_sets() -> dict[str, str]:
-    """Every instruction set the kernels know -> "" when usable, else why not."""
+    """Every instruction set the kernels know for this architecture -> "" when usable, else why not."""
     usable, flags = _core.cpu_isas(), _cpu_flags()
     out = dict.fromkeys(usable, "")
+    arm = platform.machine() in ("aarch64", "arm64")
     for isa, needed in ISA_FLAGS.items():
-        if isa in out:
+        if isa in out or isa.startswith("neon") != arm:
             continue
         missing = [f for f in needed if flags is not None and f not in flags]
         out[isa] = f"this CPU has no {', '.join(missing)}" if missing else "not compiled into this build"

@@ -104,8 +104,8 @@ class EngineOptions:
     kv_type: cache type, "f16", "q8_0", "f32" or "auto" (f16; f32 in precise mode).
     n_batch: prompt tokens of one prefill chunk.
     cpu_isa: instruction set, "auto" (the best one) or one that `dflash-cpp doctor` lists.
-    repack: reorder weights in memory for speed; off, they are used where the file is mapped: opening is instant, several
-        processes share them, and what does not fit is read again from the file, for slower steps (docs/performance.md).
+    repack: reorder weights in memory for speed; off, they are used where the file is mapped: opening is instant,
+        several processes share them, what does not fit is read again, and steps are slower (docs/performance.md).
     numa: memory on machines with several NUMA nodes: "interleave" it over those the threads may run on, "off" (where
         it is first touched) or "auto" (interleave when there is more than one).
     progress: called with (stage, done bytes, total bytes) while weights are loaded.
