@@ -78,7 +78,7 @@ struct Kernels {
   // be read after these (null: what follows them), fetched towards the end.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
                  float* const* y, const uint8_t* next);
-  // Interleaves n_rows <= 16 GGUF rows into one panel: at load, or before each use of weights that are not repacked.
+  // Interleaves n_rows <= 16 GGUF rows into one panel.
   void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
   // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows: GGUF rows, or the rows of panels.
   void (*float_rows)(DType type, const uint8_t* w, int64_t n, int n_rows, const float* const* x, int m,
