@@ -62,6 +62,7 @@ class Model:
         precise: bool = False,
         cpu_isa: str = "auto",
         repack: bool = True,
+        numa: str = "auto",
         progress: Callable[[str, int, int], None] | None = None,
         tap_shift: int = 0,
         mask_token_id: int | None = None,
@@ -252,6 +253,8 @@ class DepthPolicy:
     @property
     def best_rate(self) -> float: ...
 
+def default_threads() -> int: ...
+def describe_numa() -> str: ...
 def cpu_isas() -> list[str]:
     """Instruction sets this CPU and build offer, best first ("avx512vnni", "avxvnni", "avx2", "plain")."""
 

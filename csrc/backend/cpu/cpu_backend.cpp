@@ -12,6 +12,7 @@
 
 #include "backend/cpu/isa.h"
 #include "core/error.h"
+#include "core/topology.h"
 #include "quant/blocks.h"
 
 namespace dflash::cpu {
@@ -114,6 +115,16 @@ size_t mem_available(size_t total) {
   return total;
 }
 
+// Every thread reads all of the weights in turn, so the nodes serve them best together: no node's memory is the
+// bottleneck, whichever thread takes which part.
+std::vector<int> interleaved_nodes(const std::string& numa) {
+  if (numa == "off") return {};
+  const std::vector<int> nodes = numa_nodes(allowed_cpus());
+  if (numa == "interleave") return nodes;
+  if (numa == "auto") return nodes.size() > 1 ? nodes : std::vector<int>();
+  fail("numa: 'auto', 'off' or 'interleave' expected, found '", numa, "'");
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(const BackendOptions& options)
@@ -121,6 +132,7 @@ CpuBackend::CpuBackend(const BackendOptions& options)
       k_(select_kernels(options.cpu_isa)),
       precise_(options.precise),
       repack_(options.repack && !options.precise),
+      nodes_(interleaved_nodes(options.numa)),
       thread_(static_cast<size_t>(pool_.size())) {}
 
 std::string CpuBackend::describe() const {
@@ -133,6 +145,8 @@ MemoryInfo CpuBackend::memory() const {
   MemoryInfo info;
   info.total = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
   info.free = mem_available(info.total);
+  if (repack_)
+    info.hint = "repack=False (weights stay in the file's mapping: what does not fit is read again, not swapped)";
   return info;
 }
 
@@ -145,6 +159,7 @@ Buffer CpuBackend::alloc(size_t bytes) {
 #if defined(MADV_HUGEPAGE)
       madvise(p, bytes, MADV_HUGEPAGE);
 #endif
+      if (!nodes_.empty()) (void)interleave(p, bytes, nodes_);  // refused: as good as one node gets (doctor says it)
       b.data = p;
       b.owner = std::shared_ptr<void>(p, [bytes](void* q) { munmap(q, bytes); });
     }
@@ -230,7 +245,8 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
 }
 
 size_t CpuBackend::weight_bytes(const HostTensor& t) const {
-  if (!repacks(t)) return 0;
+  if (!read_whole(t)) return 0;
+  if (!repacks(t)) return t.bytes;  // page cache
   return panel_bytes(t.type, t.n_in) * static_cast<size_t>(panels_of(t.n_out) * t.n_expert);
 }
 

@@ -13,6 +13,8 @@
 
 #include "quant/dtype.h"
 
+#define DFLASH_UNROLL _Pragma("GCC unroll 32")  // arrays of registers stay in registers
+
 namespace dflash::cpu {
 
 inline constexpr int kPanel = 16;     // output rows a quantised kernel handles together
