@@ -86,7 +86,7 @@ class Calibration {
   static constexpr int kBins = 10;
   explicit Calibration(int max_depth);
   double acceptance(int slot, float confidence) const;
-  double average(int slot) const;  // whatever the confidence
+  std::vector<double> averages(int slots) const;  // of slots 1 .. slots, whatever the confidence
   void observe(int slot, float confidence, bool stood);
 
  private:
