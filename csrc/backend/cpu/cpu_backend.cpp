@@ -18,8 +18,8 @@
 namespace dflash::cpu {
 namespace {
 
-constexpr size_t kHugeFrom = 4 << 20;  // larger buffers come from mmap with huge pages: fewer TLB misses when streamed
-constexpr size_t kArena = 32 << 20;    // smaller weights share huge pages of this much address space
+constexpr size_t kMapFrom = 4 << 20;  // larger buffers come from mmap
+constexpr size_t kArena = 32 << 20;   // smaller weights share huge pages of this much address space
 
 // Reproducible noise: splitmix64.
 struct Noise {
@@ -153,12 +153,9 @@ MemoryInfo CpuBackend::memory() const {
 Buffer CpuBackend::alloc(size_t bytes) {
   Buffer b;
   b.bytes = bytes;
-  if (bytes >= kHugeFrom) {
+  if (bytes >= kMapFrom) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p != MAP_FAILED) {
-#if defined(MADV_HUGEPAGE)
-      madvise(p, bytes, MADV_HUGEPAGE);
-#endif
       if (!nodes_.empty()) (void)interleave(p, bytes, nodes_);  // refused: as good as one node gets (doctor says it)
       b.data = p;
       b.owner = std::shared_ptr<void>(p, [bytes](void* q) { munmap(q, bytes); });
@@ -171,11 +168,21 @@ Buffer CpuBackend::alloc(size_t bytes) {
   return b;
 }
 
+// Weights get huge pages: fewer TLB misses when streamed. Other buffers do not: they are read from caches or far less
+// often, and the first token would clear 2 MB wherever it touches them.
+Buffer CpuBackend::alloc_huge(size_t bytes) {
+  Buffer b = alloc(bytes);
+#if defined(MADV_HUGEPAGE)
+  madvise(b.data, bytes, MADV_HUGEPAGE);
+#endif
+  return b;
+}
+
 Buffer CpuBackend::alloc_weight(size_t bytes) {
-  if (bytes >= kHugeFrom) return alloc(bytes);
+  if (bytes >= kMapFrom) return alloc_huge(bytes);
   const size_t padded = (bytes + 63) / 64 * 64;
   if (!arena_.data || arena_used_ + padded > arena_.bytes) {
-    arena_ = alloc(kArena);  // pages that stay untouched cost nothing; the weights in it keep the last one alive
+    arena_ = alloc_huge(kArena);  // pages that stay untouched cost nothing; the weights in it keep the last one alive
     arena_used_ = 0;
   }
   Buffer b;

@@ -119,6 +119,7 @@ class CpuBackend final : public Backend {
   }
   static constexpr size_t kSerialBytes = 48 << 10;  // about 2 us of work
 
+  Buffer alloc_huge(size_t bytes);  // at least kMapFrom
   Buffer alloc_weight(size_t bytes);
   bool int8_path(const Weight& w) const { return is_quantized(w.type) && !precise_; }
 

@@ -39,14 +39,14 @@ inline void mmla_tile(const uint8_t* w, int first, int64_t n_groups, const ActBl
   const uint8_t* block = w;
   for (int64_t g = 0; g < n_groups; ++g, block += kGroupBytes) {
     if (first == 0) {
-      prefetch(ahead.at, kGroupBytes);
+      if (ahead.wanted()) prefetch(ahead.at, kGroupBytes);
       ahead.advance(kGroupBytes);
     }
     int32x4_t s[P][4];  // of weight rows 2 i, 2 i + 1: [row, activation row]
     DFLASH_UNROLL
     for (int p = 0; p < P; ++p) {
-      constexpr int32_t kOffset = T == DType::Q8_0 ? -128 : T == DType::Q4_0 ? -8 : 0;
-      const int32x2_t bias = {kOffset * a[2 * p][g].sum, kOffset * a[2 * p + 1][g].sum};
+      constexpr int32_t kOffset = T == DType::Q8_0 ? 16 : T == DType::Q4_0 ? 1 : 0;
+      const int32x2_t bias = {kOffset * a[2 * p][g].bias8, kOffset * a[2 * p + 1][g].bias8};
       DFLASH_UNROLL
       for (int i = 0; i < 4; ++i) s[p][i] = vcombine_s32(bias, bias);
     }
@@ -89,7 +89,7 @@ inline void mmla_tile(const uint8_t* w, int first, int64_t n_groups, const ActBl
       const F low_value = fload_f16(scales + 32);
       DFLASH_UNROLL
       for (int m = 0; m < 2 * P; ++m) {
-        acc[m] = ffma(low_value, fset(a[m][g].d * static_cast<float>(a[m][g].sum)), acc[m]);
+        acc[m] = ffma(low_value, fset(a[m][g].d * (-0.125f * static_cast<float>(a[m][g].bias8))), acc[m]);
       }
     }
   }
@@ -99,9 +99,10 @@ inline void mmla_tile(const uint8_t* w, int first, int64_t n_groups, const ActBl
 
 template <DType T, int P>
 void mmla_panels_p(const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, float* const* y,
-                   const uint8_t* next) {
+                   const uint8_t* next, bool cached) {
   const size_t panel = panel_group_bytes(T) * static_cast<size_t>(n_groups);
-  Ahead ahead(w, n_panels, n_groups, panel_group_bytes(T), 1, next ? next : w + panel * static_cast<size_t>(n_panels));
+  Ahead ahead(w, n_panels, n_groups, panel_group_bytes(T), 1, next ? next : w + panel * static_cast<size_t>(n_panels),
+              cached);
   for (int p = 0; p < n_panels; ++p, w += panel) {
     for (int first = 0; first < kPanel; first += kLanes) mmla_tile<T, P>(w, first, n_groups, x, y, kPanel * p, ahead);
   }
@@ -109,7 +110,7 @@ void mmla_panels_p(const uint8_t* w, int n_panels, int64_t n_groups, const ActBl
 
 template <DType T>
 void mmla_panels_t(const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m, float* const* y,
-                   const uint8_t* next) {
+                   const uint8_t* next, bool cached) {
   const ActBlock* rows[8];
   float* out[8];
   for (int i = 0; i < 8; ++i) {  // an odd last row is its own neighbour
@@ -118,26 +119,26 @@ void mmla_panels_t(const uint8_t* w, int n_panels, int64_t n_groups, const ActBl
   }
   switch ((m + 1) / 2) {
     case 1:
-      return mmla_panels_p<T, 1>(w, n_panels, n_groups, rows, out, next);
+      return mmla_panels_p<T, 1>(w, n_panels, n_groups, rows, out, next, cached);
     case 2:
-      return mmla_panels_p<T, 2>(w, n_panels, n_groups, rows, out, next);
+      return mmla_panels_p<T, 2>(w, n_panels, n_groups, rows, out, next, cached);
     case 3:
-      return mmla_panels_p<T, 3>(w, n_panels, n_groups, rows, out, next);
+      return mmla_panels_p<T, 3>(w, n_panels, n_groups, rows, out, next, cached);
     default:
-      return mmla_panels_p<T, 4>(w, n_panels, n_groups, rows, out, next);
+      return mmla_panels_p<T, 4>(w, n_panels, n_groups, rows, out, next, cached);
   }
 }
 
 void mmla_panels(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                 float* const* y, const uint8_t* next) {
-  if (m < 2) return panels(type, w, n_panels, n_groups, x, m, y, next);
+                 float* const* y, const uint8_t* next, bool cached) {
+  if (m < 2) return panels(type, w, n_panels, n_groups, x, m, y, next, cached);
   switch (type) {
     case DType::Q4_0:
-      return mmla_panels_t<DType::Q4_0>(w, n_panels, n_groups, x, m, y, next);
+      return mmla_panels_t<DType::Q4_0>(w, n_panels, n_groups, x, m, y, next, cached);
     case DType::Q4_1:
-      return mmla_panels_t<DType::Q4_1>(w, n_panels, n_groups, x, m, y, next);
+      return mmla_panels_t<DType::Q4_1>(w, n_panels, n_groups, x, m, y, next, cached);
     case DType::Q8_0:
-      return mmla_panels_t<DType::Q8_0>(w, n_panels, n_groups, x, m, y, next);
+      return mmla_panels_t<DType::Q8_0>(w, n_panels, n_groups, x, m, y, next, cached);
     default:
       return;
   }
