@@ -49,7 +49,7 @@ inline constexpr int kHalfGroups = 2;  // groups of 32 in a stage
 #if defined(DFLASH_GPU_HIP)
 #define DFLASH_STAGES(name, bytes) alignas(16) __shared__ uint8_t name[bytes]
 #else
-#define DFLASH_STAGES(name, bytes) extern __shared__ __align__(16) uint8_t name[]
+#define DFLASH_STAGES(name, bytes) extern __shared__ __align__(1024) uint8_t name[]
 #endif
 
 // launch() of a kernel that declares DFLASH_STAGES of `bytes`.
@@ -379,9 +379,12 @@ __device__ inline void half_bytes(uint32_t a, uint32_t b, float d, uint32_t (&p)
 }
 
 // half_step: sum[m][b] += w[m] * the tokens of block b, for Runs runs of 16 weight rows and Blocks blocks of kMmaTokens
-// tokens, 16 deep. chunks: the activations, [chunk, `plane` bytes apart][token][16 bytes].
+// tokens, 16 deep: pieces `piece` and `piece` + 1 of acts [token][8 turned pieces of 16 bytes], aligned to 1024 bytes.
 // On Hopper this only starts the product: products_begin() before it, products_end() after, and products_wait<n>()
 // until all but the last n are done; till then neither the sums nor the weights may be touched.
+inline constexpr int kHalfTurn = 128;  // bytes of a token there
+__device__ inline int half_turned(int piece, int token) { return piece ^ (token & 7); }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A matrix in shared memory made of blocks of 8 rows of 16 bytes, by the bytes from block to block along a row
@@ -451,8 +454,8 @@ __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint
 
 template <typename N, int Blocks, int Runs, int Most>
 __device__ inline void half_step(float (&sum)[Runs][Most][kMmaAcc], const HalfWeightWords (&w)[Runs],
-                                 const uint8_t* chunks, int plane) {
-  const uint64_t x = wgmma_matrix(chunks, plane, 128);
+                                 const uint8_t* acts, int piece) {
+  const uint64_t x = wgmma_matrix(acts + piece * 16, 16, kHalfTurn * 8) | uint64_t{1} << 62;  // turned within 128 bytes
 #pragma unroll
   for (int m = 0; m < Runs; ++m) wgmma<N::kF16, Blocks>(sum[m], w[m], x);
 }
@@ -476,11 +479,13 @@ __device__ inline void products_hold(HalfWeightWords (&w)[Runs]) {
 
 template <typename N, int Blocks, int Runs, int Most>
 __device__ inline void half_step(float (&sum)[Runs][Most][kMmaAcc], const HalfWeightWords (&w)[Runs],
-                                 const uint8_t* chunks, int plane) {
-  const uint8_t* token = chunks + mma_act_token() * 16 + (lane() & 3) * 4;
+                                 const uint8_t* acts, int piece) {
+  const uint8_t* token = acts + mma_act_token() * kHalfTurn + (lane() & 3) * 4;
+  const int first = half_turned(piece, mma_act_token()) * 16, second = half_turned(piece + 1, mma_act_token()) * 16;
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
-    const HalfActWords x = {mma_word(token + b * kMmaTokens * 16), mma_word(token + b * kMmaTokens * 16 + plane)};
+    const uint8_t* at = token + b * kMmaTokens * kHalfTurn;
+    const HalfActWords x = {mma_word(at + first), mma_word(at + second)};
 #pragma unroll
     for (int m = 0; m < Runs; ++m) N::mma(sum[m][b], w[m], x);
   }

@@ -8,6 +8,11 @@
 
 namespace dflash::hip {
 
+// Activations of a stage: [group][chunk][token][16 bytes]; planes are padded so that the chunks of a token, which are
+// written together, lie in different banks.
+inline constexpr int kChunkPlane = kManyTokens * 16 + 16;
+inline constexpr int kActBytes = gpu::kHalfGroups * 4 * kChunkPlane;
+
 // Shared memory of a block.
 template <typename F>
 struct StageOf {

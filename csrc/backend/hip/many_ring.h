@@ -9,8 +9,12 @@
 
 namespace dflash::hip {
 
-inline constexpr int kMostStages = 8;
+inline constexpr int kMostStages = 8, kBarrierBytes = 2 * kMostStages * 8;
 
+// Activations of a stage: [token][8 pieces of 16 bytes, turned as gpu::half_step reads them]. (A copy of 32 bytes whose
+// halves went to different places would be read twice from the L2 cache, whose rate is what bounds these kernels.)
+inline constexpr int kTokenBytes = gpu::kHalfGroups * 64, kActBytes = kManyTokens * kTokenBytes;
+static_assert(kTokenBytes == gpu::kHalfTurn);
 inline constexpr int kOutBytes = kManyWaves * kOutFloats * 4;
 
 // A stage: the activations, then the weights of each tile: quants, then scales.
@@ -20,6 +24,7 @@ struct StageOf {
   static constexpr int kScales = gpu::kHalfGroups * kTile * F::kHalves * 2;
   static constexpr int kTileBytes = kQuants + kScales;
   static constexpr int kBytes = kActBytes + kManyTiles * kTileBytes;
+  static_assert(kBytes % 1024 == 0);  // as turned activations want it
 };
 
 struct Ring {
@@ -64,7 +69,8 @@ __device__ inline void produce(Job& job, const HalfRows& x, Ring& ring) {
   }
   const int scale_piece = t % kScalePieces, scale_tile = t / kScalePieces;
   const uint16_t* scales = job.tile(min(scale_tile, kManyTiles - 1)).scales + scale_piece * 8;
-  const int acts_to = token_piece * kChunkPlane + token * 16;
+  const int acts_to = token * kTokenBytes + gpu::half_turned(token_piece, token) * 16;
+  static_assert(kTokensAtOnce % 8 == 0);
   const int quants_to = kActBytes + quant_tile * StageOf<F>::kTileBytes + quant_piece * 16;
   const int scales_to = kActBytes + scale_tile * StageOf<F>::kTileBytes + StageOf<F>::kQuants + scale_piece * 16;
   auto copy_stage = [&](auto count) {
@@ -82,7 +88,7 @@ __device__ inline void produce(Job& job, const HalfRows& x, Ring& ring) {
     }
     if (kLeft == kGroups || token_piece < 4 * kLeft) {
 #pragma unroll
-      for (int i = 0; i < Copies; ++i) gpu::copy_begin<16>(stage + acts_to + i * kTokensAtOnce * 16, from[i]);
+      for (int i = 0; i < Copies; ++i) gpu::copy_begin<16>(stage + acts_to + i * kTokensAtOnce * kTokenBytes, from[i]);
     }
     gpu::barrier_arrive_copied(ring.full + ring.at);
     ring.next();
@@ -142,13 +148,13 @@ __device__ inline void multiply_blocks(Job& job, Ring& ring, float* out) {
       raw[m].load({stage + weights[m] + g * F::kQuantBytes, stage + scales[m] + g * kTile * F::kHalves * 2}, 0);
     }
   };
-  auto multiply = [&](const Raw(&raw)[kRuns], const uint8_t* acts, bool first) {
+  auto multiply = [&](const Raw(&raw)[kRuns], const uint8_t* acts, int g, bool first) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
       for (int m = 0; m < kRuns; ++m) w[k][m] = raw[m].template expand<N>().k[k];
       gpu::products_begin();
-      gpu::half_step<N, Blocks>(sum.v[0], w[k], acts + k * 2 * kChunkPlane, kChunkPlane);
+      gpu::half_step<N, Blocks>(sum.v[0], w[k], acts, g * 4 + k * 2);
       gpu::products_end();
       gpu::products_wait<1>();
       gpu::products_hold(w[1 - k]);
@@ -166,20 +172,20 @@ __device__ inline void multiply_blocks(Job& job, Ring& ring, float* out) {
 #pragma unroll 1
   for (int left = job.groups; left > 2; left -= 2) {
     load(odd, stage, 1);
-    multiply(even, stage, true);
-    const uint8_t* acts = stage + 4 * kChunkPlane;
+    multiply(even, stage, 0, true);
+    const uint8_t* acts = stage;
     read = ring.at;
     ring.next();
     stage = wait();
     load(even, stage, 0);
-    multiply(odd, acts, false);
+    multiply(odd, acts, 1, false);
   }
   settle();
-  multiply(even, stage, true);
+  multiply(even, stage, 0, true);
   settle();
   if (job.groups % 2 == 0) {
     load(odd, stage, 1);
-    multiply(odd, stage + 4 * kChunkPlane, false);
+    multiply(odd, stage, 1, false);
     settle();
   }
   gpu::barrier_arrive(ring.empty + ring.at);
@@ -211,7 +217,8 @@ __device__ inline void consume(Job& job, Ring& ring, float* out) {
 
 template <typename F, typename N, typename Job>
 __device__ inline void multiply_jobs(Job job, const HalfRows& x, uint8_t* stages, int n_stages) {
-  __shared__ uint64_t full[kMostStages], empty[kMostStages];
+  uint64_t* full = reinterpret_cast<uint64_t*>(stages + n_stages * StageOf<F>::kBytes + kOutBytes);
+  uint64_t* empty = full + kMostStages;
   if (threadIdx.x < static_cast<unsigned>(n_stages)) {
     gpu::barrier_init(full + threadIdx.x, kProducerThreads);
     gpu::barrier_init(empty + threadIdx.x, kManyWaves);
@@ -242,12 +249,12 @@ inline unsigned blocks_for_jobs(int64_t most) {
 }
 template <typename F>
 int ring_stages() {
-  const int fit = (gpu::shared_most() - 1024 - kOutBytes) / StageOf<F>::kBytes;
+  const int fit = (gpu::shared_most() - kOutBytes - kBarrierBytes) / StageOf<F>::kBytes;
   return fit < kMostStages ? fit : kMostStages;
 }
 template <typename F>
 constexpr size_t ring_bytes(int n_stages) {
-  return static_cast<size_t>(n_stages) * StageOf<F>::kBytes + kOutBytes;
+  return static_cast<size_t>(n_stages) * StageOf<F>::kBytes + kOutBytes + kBarrierBytes;
 }
 
 }  // namespace dflash::hip

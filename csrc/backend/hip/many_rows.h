@@ -29,11 +29,6 @@ inline constexpr int kRuns = gpu::kHalfRuns;  // of 16 weight rows a wave
 inline constexpr int kManyTiles = kManyWaves * kRuns / 2;
 inline constexpr int kTokenBlocks = kManyTokens / gpu::kMmaTokens;
 
-// Activations of a stage: [group][chunk][token][16 bytes]; planes are padded so that the chunks of a token, which are
-// written together, lie in different banks.
-inline constexpr int kChunkPlane = kManyTokens * 16 + 16;
-inline constexpr int kActBytes = gpu::kHalfGroups * 4 * kChunkPlane;
-
 // How a format's blocks become 16-bit floats N: what a lane loads of 16 rows of a group, at a Place.
 template <typename F>
 struct HalfRaw {
