@@ -395,6 +395,26 @@ __device__ inline int dot4(int a, int b, int c) {
 #endif
 }
 
+// The same with unsigned bytes a.
+__device__ inline int dot4_unsigned(uint32_t a, int b, int c) {
+#if defined(DFLASH_GPU_HIP)
+#if defined(__gfx1100__) || defined(__gfx1101__) || defined(__gfx1102__) || defined(__gfx1103__) || \
+    defined(__gfx1150__) || defined(__gfx1151__) || defined(__gfx1200__) || defined(__gfx1201__)
+  return __builtin_amdgcn_sudot4(false, static_cast<int>(a), true, b, c, false);
+#else
+  return static_cast<int>(a) + b + c;
+#endif
+#else
+  int d = c;
+#if defined(__CUDA_ARCH__)
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+  d += static_cast<int>(a) + b;
+#endif
+  return d;
+#endif
+}
+
 // ---- device: matrix instructions
 // ------------------------------------------------------------------------------------- One step multiplies 16 weight
 // rows by kMmaTokens token rows over a group of 32: exact int32 sums. A lane holds kMmaRows x kMmaToks of the results,
