@@ -4,8 +4,8 @@
 // on the rows beside it. The first split is long: short contexts need no second one, and adding splits takes longer
 // than the keys do.
 //
-// In a split wave w takes the runs of 16 keys w, w + 8, ... on its own, two lanes to a key, with a running maximum; the
-// waves are added in order at the end.
+// In a split wave w takes the runs of 16 keys w, w + 16, ... on its own, two lanes to a key, with a running maximum;
+// the waves are added in order at the end.
 
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
@@ -15,7 +15,7 @@ namespace dflash::hip {
 
 namespace {
 
-constexpr int kAttentionThreads = 256;
+constexpr int kAttentionThreads = 512;
 constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
 constexpr int kRun = 16, kKeyLanes = gpu::kWave / kRun;
 
@@ -381,12 +381,12 @@ __device__ inline void prefetch_keys(const AttentionArgs& p, int kv_head, int be
 // grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head. TakeIn: q, k and v
 // of one row are as the projections left them.
 template <DType T, int Dims, int Queries, bool TakeIn>
-__global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention_split_kernel(AttentionArgs p) {
+__global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(AttentionArgs p) {
   constexpr int kHeadDim = Dims * 32;
-  constexpr bool kHold = T != DType::F32 && Dims <= 4 && Queries <= 2;
+  constexpr bool kHold = T == DType::F16 && Dims <= 4 && Queries <= 2;
   alignas(16) __shared__ float q_lds[Queries][kHeadDim];
   __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
-  __shared__ float2 ml_lds[kAttentionWaves][Queries];               // largest score, sum
+  __shared__ float2 ml_lds[kAttentionWaves][Queries];                  // largest score, sum
   alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kRun];  // weights of the wave's keys
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
@@ -410,10 +410,11 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
     const int position = p.pos0.get();
     own = {lds.k, lds.v, position};
     Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, end > position);
-    gpu::wait_for_previous();
+    gpu::wait_only();
     intake.load();
     run.load(p.kv, kv_head, key0, begin, end);
     intake.run(q_lds);
+    gpu::release_next();
   } else {
     gpu::wait_for_previous();
     for (int i = t; i < Queries * kHeadDim / 4; i += kAttentionThreads) {
@@ -462,16 +463,13 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
   const int n_results = (last_query - first_query + 1) * kHeadDim;
   for (int i = t; i < n_results; i += kAttentionThreads) {
     const int local = i / kHeadDim, dim = i % kHeadDim;
-    float top = -INFINITY, total = 0.0f, r = 0.0f;
+    float2 ml = make_float2(-INFINITY, 0.0f);  // a lane has a wave's
+    if (gpu::lane() < kAttentionWaves) ml = ml_lds[gpu::lane()][local];
+    const float top = gpu::wave_max(ml.x), scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
+    const float total = gpu::wave_sum(scale * ml.y);
+    float r = 0.0f;
 #pragma unroll
-    for (int v = 0; v < kAttentionWaves; ++v) top = fmaxf(top, ml_lds[v][local].x);
-#pragma unroll
-    for (int v = 0; v < kAttentionWaves; ++v) {
-      const float2 ml = ml_lds[v][local];
-      const float scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
-      total = fmaf(scale, ml.y, total);
-      r = fmaf(scale, o_lds[v][local][dim], r);
-    }
+    for (int v = 0; v < kAttentionWaves; ++v) r = fmaf(gpu::shuffle(scale, v), o_lds[v][local][dim], r);
     if (first_split == last_split) {
       finish(first_query + local, dim, r / total);
     } else {
@@ -541,13 +539,11 @@ void split(gpu::Stream s, const AttentionArgs& args) {
   // Blocks with fewer queries finish sooner, as long as all are at work at the same time. A query's result does not
   // depend on how many share its block.
   const int most_blocks = 3 * gpu::compute_units();
-  constexpr int kMost = Dims <= 4 ? 8 : 4;
+  constexpr int kMost = Dims <= 4 ? 4 : 2;
   if (n_queries == 1 || blocks_of(1) <= most_blocks) {
     run(std::integral_constant<int, 1>{});
   } else if (n_queries == 2 || blocks_of(2) <= most_blocks) {
     run(std::integral_constant<int, 2>{});
-  } else if (n_queries <= 4 || blocks_of(4) <= most_blocks) {
-    run(std::integral_constant<int, 4>{});
   } else {
     run(std::integral_constant<int, kMost>{});
   }

@@ -15,8 +15,6 @@ constexpr int kDownThreads = 2 * kThreads;  // two experts at a time
 template <typename F>
 constexpr int kGateUpSlots = 12 / kChunk<F>;
 constexpr int kDownSlots = 2;
-// Bytes of the down projection that are fetched into the large cache while gate and up run.
-constexpr int kPrefetchMost = 24 << 20;
 
 // Rows of an expert whose activations travel with its weights; seldom more.
 constexpr int act_rows(int max_rows) { return max_rows == 1 ? 0 : 4; }
@@ -39,9 +37,9 @@ __device__ inline float first_bias(const FewChoice& c) {
   return c.bias != nullptr ? c.bias[e] : 0.0f;
 }
 
-// keys: MaxRows * 256 words of shared memory. One row: its first `slots` experts alone.
+// keys: MaxRows * 256 words of shared memory.
 template <int MaxRows>
-__device__ inline void group_few(const FewChoice& c, float bias0, int slots, uint32_t* keys, Grouping<MaxRows>& g) {
+__device__ inline void group_few(const FewChoice& c, float bias0, uint32_t* keys, Grouping<MaxRows>& g) {
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
   if (c.logits == nullptr) {  // a dense feed-forward
     if (t < c.rows) {
@@ -69,7 +67,7 @@ __device__ inline void group_few(const FewChoice& c, float bias0, int slots, uin
       const int e = gpu::lane() + i * gpu::kWave;
       key[i] = e < c.n_expert ? keys[row * c.n_expert + e] : 0;
     }
-    const int mine = select_experts(key, c.rows == 1 ? slots : c.top_k), p = row * c.top_k + gpu::lane();
+    const int mine = select_experts(key, c.top_k), p = row * c.top_k + gpu::lane();
     if (gpu::lane() < c.top_k) {
       g.chosen[p] = static_cast<int16_t>(mine);
       if (c.rows == 1) {
@@ -122,32 +120,19 @@ __device__ inline void weigh_few(const FewChoice& c, Grouping<MaxRows>& g) {
   }
 }
 
-// A hint: this block's share of the weights that the next product begins with, as much as the cache holds beside what
-// passes through it.
-template <int MaxRows>
-__device__ inline void prefetch_down(const TileBytes& down, const Grouping<MaxRows>& g) {
-  const int all = min(g.items * down.tiles, kPrefetchMost / (down.quant_bytes + down.scale_bytes));
-  const int piece = down.quant_bytes / kSegments;
-  for (int i = static_cast<int>(blockIdx.x); i < all; i += static_cast<int>(gridDim.x)) {
-    const int64_t tile = static_cast<int64_t>(g.expert[i / down.tiles]) * down.tiles + i % down.tiles;
-    gpu::prefetch(down.quants + tile * down.quant_bytes + gpu::wave() * piece, piece);
-    if (gpu::wave() == 0) gpu::prefetch(down.scales + tile * down.scale_bytes, down.scale_bytes);
-  }
-}
-
 // A unit of work is an item and a tile of n_ff: its 32 gate and up outputs are one int8 group of the next product's
 // input. Each block takes every gridDim.x-th.
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
-    gate_up_few_kernel(TiledWeight gate, TiledWeight up, TileBytes down, QuantRows x, FewChoice choice,
-                       WaveMemory memory, MutableQuantRows act) {
+    gate_up_few_kernel(TiledWeight gate, TiledWeight up, QuantRows x, FewChoice choice, WaveMemory memory,
+                       MutableQuantRows act) {
   extern __shared__ __align__(16) uint8_t lds[];
   __shared__ Partial<MaxRows> sums[2];
   __shared__ Grouping<MaxRows> g;
   const int wave = gpu::wave();
   const float bias0 = first_bias(choice);
   gpu::wait_then_release();  // launch_down_few reads the logits before it waits
-  group_few(choice, bias0, choice.top_k, reinterpret_cast<uint32_t*>(&sums[0][0][0][0]), g);
+  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0][0]), g);
   if (blockIdx.x == 0 && threadIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
   const Span span = segment_span(wave, gate.groups);
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x), tiles = gate.tiles;
@@ -162,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     int half, items;
     __device__ void stop() { items = 0; }
     __device__ bool more() const { return unit.item < items; }
-    __device__ bool last() const { return unit.item + step.item + (unit.tile + step.tile >= gate.tiles) >= items; }
     __device__ TileView<F> tile() const { return TileView<F>(half == 0 ? gate : up, g.expert[unit.item], unit.tile); }
     __device__ int count() const { return g.count[unit.item]; }
     __device__ int row(int i) const { return g.rows[g.first[unit.item] + i]; }
@@ -202,8 +186,6 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       } else {
         tile_segment<F, MaxRows, false>(stream, all, row_of, count, sums[half][wave]);
       }
-      // The last of this block's own weights are on their way.
-      if (gpu::kStaged && half == 0 && now.last()) prefetch_down(down, g);
     }
     __syncthreads();
     const int segments = segment_count(gate.groups);
@@ -232,7 +214,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   const int tile = static_cast<int>(blockIdx.x);
   const Span span = segment_span(segment, down.groups);
   if constexpr (!gpu::kStaged) gpu::wait_for_previous();
-  group_few(choice, first_bias(choice), choice.top_k, reinterpret_cast<uint32_t*>(&sums[0][0][0][0][0]), g);
+  group_few(choice, first_bias(choice), reinterpret_cast<uint32_t*>(&sums[0][0][0][0][0]), g);
   struct Cursor {
     const TiledWeight& down;
     const Grouping<MaxRows>& g;
@@ -247,13 +229,18 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   WeightStream<F, kDownSlots, act_rows(MaxRows), Cursor> stream(memory.ring(lds, wave), span,
                                                                 Cursor{down, g, half, tile, g.items});
   stream.start();
-  weigh_few(choice, g);
-  if constexpr (gpu::kStaged) gpu::wait_for_previous();
+  // With one row the next kernel's weights may come at once; with more they are in the way of what is left of these.
+  if constexpr (gpu::kStaged && MaxRows == 1) {
+    gpu::wait_for_previous();
+  } else if constexpr (gpu::kStaged) {
+    gpu::wait_only();
+  }
   stream.start_acts(act);
   const int64_t n = static_cast<int64_t>(tile) * kTile + gpu::lane();
   float before = 0.0f;  // what is added to, read while the products are made
   static_assert(kFewRows <= 2 * kSegments, "a row for each wave at most");
   if (wave < choice.rows && n < down.n_out) before = x[wave * down.n_out + n];
+  weigh_few(choice, g);
   float* y = reinterpret_cast<float*>(memory.ring(lds, gpu::kStaged ? 2 * kSegments : 0));  // [pairs, 32]
   const int segments = segment_count(down.groups);
   ActRows all = {act.q + span.g0 * 32, act.scale + span.g0, down.groups * 32, down.groups};
@@ -262,6 +249,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
     all = stage_acts(
         memory.act_rows(lds, wave), act, span, [&](int i) { return min(2 * i + half, g.items - 1); }, most, most);
   }
+  if constexpr (gpu::kStaged && MaxRows > 1) gpu::release_next();
   int buffer = 0;
 #pragma unroll 1
   for (int item0 = 0; item0 < g.items; item0 += 2) {
@@ -337,8 +325,8 @@ WaveMemory wave_memory(int slots, int acts, int groups) {
 
 bool experts_choose(int rows, DType type) { return rows <= kFewRows && is_quantized(type); }
 
-void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
-                        const TileBytes& down, QuantRows x, const FewChoice& c, MutableQuantRows act) {
+void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
+                        const FewChoice& c, MutableQuantRows act) {
   const int most = c.rows * c.top_k < c.n_expert ? c.rows * c.top_k : c.n_expert;  // items
   const int units = most * gate.tiles, resident = gpu::blocks_per_unit(c.rows) * gpu::compute_units();
   const dim3 grid(static_cast<unsigned>(units < resident ? units : resident));
@@ -348,7 +336,7 @@ void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, cons
       constexpr int kRows = decltype(rows)::value;
       const WaveMemory memory = wave_memory<F, kRows>(kGateUpSlots<F>, 1, gate.groups);
       gpu::launch_shared(s, grid, kThreads, kSegments * static_cast<size_t>(memory.wave_bytes()),
-                         gate_up_few_kernel<F, kRows>, gate, up, down, x, c, memory, act);
+                         gate_up_few_kernel<F, kRows>, gate, up, x, c, memory, act);
     });
   });
 }

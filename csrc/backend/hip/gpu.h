@@ -232,6 +232,19 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+// The two apart. A kernel whose own reads are few and urgent releases the next one late: its weights, coming in all at
+// once, would be in the way.
+__device__ inline void wait_only() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void release_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The other way round: waits first. Then the next kernel may, before it waits itself, read what was complete here.
 __device__ inline void wait_then_release() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -428,7 +441,6 @@ __device__ inline int dot4_unsigned(uint32_t a, int b, int c) {
 #if defined(DFLASH_GPU_HIP)
 inline constexpr int kMmaFromRows = 5;  // five rows of activations are too many for the scalar registers
 inline constexpr int kMmaUnroll = 1;    // groups in a loop body
-inline constexpr int kTileBlocks = 1;   // __launch_bounds__' second number for the tile and attention kernels
 inline constexpr int kAttentionUnroll =
     1;  // steps over head_dim in a loop body; unrolled, they need too many registers
 inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
@@ -437,7 +449,6 @@ inline constexpr int kHalfTokens = 32;  // tokens a block of the kernels for man
 #else
 inline constexpr int kMmaFromRows = 3;
 inline constexpr int kMmaUnroll = 3;
-inline constexpr int kTileBlocks = 2;
 inline constexpr int kAttentionUnroll = 2;
 inline constexpr int kDotAhead[] = {3, 3};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;

@@ -221,7 +221,7 @@ class HipBackend final : public Backend {
     c.top_k = m.top_k;
     c.distinct = distinct_slot();
     check_alike(*m.gate, *m.up, *m.down);
-    const MutableQuantRows act = gate_up_few(*m.gate, *m.up, *m.down, c);
+    const MutableQuantRows act = gate_up_few(*m.gate, *m.up, c);
     launch_down_few(stream_, m.down->type, tiled(*m.down), rows_of(act, m.down->n_in), c, x);
   }
 
@@ -249,7 +249,7 @@ class HipBackend final : public Backend {
       FewChoice c;
       c.rows = rows;
       check_alike(*f.gate, *f.up, *f.down);
-      const MutableQuantRows act = gate_up_few(*f.gate, *f.up, *f.down, c);
+      const MutableQuantRows act = gate_up_few(*f.gate, *f.up, c);
       const TiledOut out = {tiled(*f.down), x};
       return launch_matmul(stream_, f.down->type, &out, 1, rows_of(act, f.down->n_in), rows, true);
     }
@@ -555,9 +555,9 @@ class HipBackend final : public Backend {
   }
 
   // The int8 groups of silu(gate x) * up x for every pair, from the rows in kQuant.
-  MutableQuantRows gate_up_few(const Weight& gate, const Weight& up, const Weight& down, const FewChoice& c) {
+  MutableQuantRows gate_up_few(const Weight& gate, const Weight& up, const FewChoice& c) {
     const MutableQuantRows act = mutable_quant(Scratch::kActQuant, static_cast<int64_t>(c.rows) * c.top_k, gate.n_out);
-    launch_gate_up_few(stream_, gate.type, tiled(gate), tiled(up), tile_bytes(down.type, tiled(down)), quant_rows(c.rows, gate.n_in), c, act);
+    launch_gate_up_few(stream_, gate.type, tiled(gate), tiled(up), quant_rows(c.rows, gate.n_in), c, act);
     return act;
   }
 

@@ -86,10 +86,9 @@ struct FewChoice {
   int n_expert = 1, rows = 0, top_k = 1;
   int* distinct = nullptr;  // [1] sum of distinct experts, for take_expert_count
 };
-// act[pair] = int8 groups of silu(gate x[row]) * up x[row].  x [rows, n_embd], act [pairs, n_ff]. down: what
-// launch_down_few will read, fetched ahead.
-void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
-                        const TileBytes& down, QuantRows x, const FewChoice& c, MutableQuantRows act);
+// act[pair] = int8 groups of silu(gate x[row]) * up x[row].  x [rows, n_embd], act [pairs, n_ff]
+void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
+                        const FewChoice& c, MutableQuantRows act);
 // x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
 void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
 
@@ -127,9 +126,9 @@ void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position
 // ----------------------------------------------------------------------------------------------------
 inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
-// Whether attention itself normalises, rotates and stores q, k, v, with no launch of qkv_post: NVIDIA, one row, norm over
-// the whole vector, head_dim 128. (With more rows every block would take in the keys of all of them: 14 us for two rows,
-// in a launch of its own 12.) q stays as it was.
+// Whether attention itself normalises, rotates and stores q, k, v, with no launch of qkv_post: NVIDIA, one row, norm
+// over the whole vector, head_dim 128. (With more rows every block would take in the keys of all of them: 14 us for two
+// rows, in a launch of its own 12.) q stays as it was.
 bool attention_can_take_in(const QkvPost& p, int rows);
 struct TakeIn {
   QkvPost post;

@@ -90,12 +90,10 @@ struct FormatQ4_0 {
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
     return {gpu::load_once(q + row * 16), s[row]};
   }
-  static __device__ inline Block unpack(const Raw& r) {
-    return {r.q, gpu::half_to_float(r.d)};
-  }
+  static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_nibbles(b.q, x0, x1, -8 * x.sum);
-    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero - 8 * x.sum);
+    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_nibbles(q + half * 256);
@@ -122,8 +120,8 @@ struct FormatQ4_1 {
             gpu::half_to_float(static_cast<uint16_t>(r.dm >> 16))};
   }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_nibbles(b.q, x0, x1, 0);
-    acc = fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero);
+    acc = fmaf(gpu::mma_value(dot), b.d * x.d, acc);
     return fmaf(static_cast<float>(x.sum), b.m * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
@@ -148,8 +146,8 @@ struct FormatQ8_0 {
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, 0);
-    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, gpu::kMmaZero);
+    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_bytes(q + half * 256, q + kTile * 16 + half * 256);
@@ -191,23 +189,5 @@ struct TileView {
     return scales + static_cast<int64_t>(g) * (kTile * F::kHalves);
   }
 };
-
-// A weight as bytes to fetch ahead, tile by tile through all experts.
-struct TileBytes {
-  const uint8_t* quants = nullptr;
-  const uint8_t* scales = nullptr;
-  int tiles = 0;                         // of one expert
-  int quant_bytes = 0, scale_bytes = 0;  // of a tile
-};
-
-inline TileBytes tile_bytes(DType type, const TiledWeight& w) {
-  TileBytes b = {w.quants, reinterpret_cast<const uint8_t*>(w.scales), w.tiles, 0, 0};
-  with_format(type, [&](auto format) {
-    using F = decltype(format);
-    b.quant_bytes = w.groups * F::kQuantBytes;
-    b.scale_bytes = w.groups * kTile * F::kHalves * 2;
-  });
-  return b;
-}
 
 }  // namespace dflash::hip

@@ -9,12 +9,12 @@ namespace dflash::hip {
 inline constexpr int kNormThreads = 1024;  // at most, of a block that normalises a row
 inline constexpr int kHeld = 4;            // float4 a thread of it holds
 
-inline constexpr int kTakeInMost = 8192;   // elements of q that attention normalises itself
+inline constexpr int kTakeInMost = 8192;  // elements of q that attention normalises itself
 
 // Elements dim .. dim + 3; every lane of a group of 32 takes part, `inside` says whose head exists. Returns what the
 // cache now holds.
 __device__ inline float4 store_kv_quad(const KvLayer& kv, void* base, int head, int64_t pos, int dim, const float4& v,
-                                     bool inside) {
+                                       bool inside) {
   const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
   if (kv.type == DType::F32) {
     if (inside) *reinterpret_cast<float4*>(static_cast<float*>(base) + at) = v;
