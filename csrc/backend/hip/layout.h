@@ -61,10 +61,10 @@ __device__ inline int dot_words(const uint4& w, const int4& x, int c) {
 
 // Bytes of v under the mask, as unsigned numbers.
 __device__ inline int dot_masked(const uint4& v, uint32_t mask, const int4& x, int c) {
-  c = gpu::dot4_unsigned(v.x & mask, x.x, c);
-  c = gpu::dot4_unsigned(v.y & mask, x.y, c);
-  c = gpu::dot4_unsigned(v.z & mask, x.z, c);
-  return gpu::dot4_unsigned(v.w & mask, x.w, c);
+  c = gpu::dot4<false>(static_cast<int>(v.x & mask), x.x, c);
+  c = gpu::dot4<false>(static_cast<int>(v.y & mask), x.y, c);
+  c = gpu::dot4<false>(static_cast<int>(v.z & mask), x.z, c);
+  return gpu::dot4<false>(static_cast<int>(v.w & mask), x.w, c);
 }
 
 // A group's 4-bit values, low nibbles first, times its activations, plus c. High nibbles stay where they are: their sum

@@ -49,11 +49,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   // The weights do not depend on the kernel before: start them on their way while it ends.
   stream.start();
   [[maybe_unused]] const NormRow norm(in.norm, Norm ? groups * 32 : 0);
-#if VAR == 8
-  if constexpr (MaxRows == 1 && !Norm) gpu::wait_only(); else gpu::wait_for_previous();
-#else
   gpu::wait_for_previous();
-#endif
   ActRows x;
   if constexpr (Norm) {
     uint8_t* acts = gpu::kStaged ? memory.ring(lds, kSegments) : lds;
@@ -67,9 +63,6 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   } else {
     x = {in.x.q + span.g0 * 32, in.x.scale + span.g0, groups * 32, groups};
   }
-#if VAR == 8
-  if constexpr (MaxRows == 1 && !Norm) gpu::release_next();
-#endif
   int buffer = 0;
   for (int tile = first; tile < list.tiles; tile += step) {
     int o = 0;
