@@ -1,6 +1,9 @@
 // Every op of the GPU backend against double-precision references, over awkward shapes; a row's bits against the same
 // row in other company (1..16 rows, and more than 16: quantised weights have other kernels there); guards after
 // outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
+//
+// gpu_test_ops [quick] [small | matmul | attention | experts | steps | errors ...]   quick: fewer shapes; names: these
+// alone
 
 #include "backend/hip/hip_backend.h"
 #include "reference.h"
@@ -302,8 +305,20 @@ void test_attention(Backend& b, std::mt19937& rng) {
         few.insert(few.end(), out.begin(), out.end());
       }
       if (types[ti] == DType::F32) expect(same_bits(few, many, few.size()), cat(what, ": few and many rows differ"));
-      for (const auto& [pos0, rows] :
-           {std::pair<int, int>{0, 5}, {3, 16}, {245, 16}, {256, 1}, {250, 100}, {301, 17}, {640, 130}, {790, 4}}) {
+      for (const auto& [pos0, rows] : {std::pair<int, int>{0, 5},
+                                       {3, 16},
+                                       {245, 16},
+                                       {250, 100},
+                                       {301, 17},
+                                       {640, 130},
+                                       {790, 4},
+                                       {7, 1},
+                                       {128, 1},
+                                       {256, 1},
+                                       {511, 1},
+                                       {512, 1},
+                                       {700, 1},
+                                       {511, 2}}) {
         const Floats out = step(pos0, rows), &whole = rows > kInt8Rows ? many : few;
         const Floats part(whole.begin() + static_cast<int64_t>(pos0) * qn,
                           whole.begin() + static_cast<int64_t>(pos0 + rows) * qn);
@@ -507,6 +522,7 @@ void test_steps(Backend& b, std::mt19937& rng) {
     b.attention(a, s, q.data(), kv, out.data());
     b.matmul_add(w, out.data(), rows, y.data());
   };
+  ops({rows, n_ctx - rows});  // scratch grows to its size now: later it would drop what is recorded
   std::mt19937 draw(7);
   int replayed = 0;
   for (int pos0 : {0, 1, 5, 300, 301, 1022, 1030, 1040, 1050, 20}) {
@@ -552,7 +568,7 @@ void test_errors(Backend& b, std::mt19937& rng) {
   expect(thrown, "precise is not refused");
 }
 
-int run() {
+int run(const std::vector<std::string>& names) {
   const std::string why = hip_backend_status();
   if (!why.empty()) {
     std::printf("no device: %s\n", why.c_str());
@@ -561,12 +577,16 @@ int run() {
   const auto b = make_hip_backend(BackendOptions());
   std::printf("%s\n", b->describe().c_str());
   std::mt19937 rng(1);
-  test_small(*b, rng);
-  test_matmul(*b, rng);
-  test_attention(*b, rng);
-  test_experts(*b, rng);
-  test_steps(*b, rng);
-  test_errors(*b, rng);
+  const std::vector<std::pair<std::string, void (*)(Backend&, std::mt19937&)>> tests = {
+      {"small", test_small},     {"matmul", test_matmul}, {"attention", test_attention},
+      {"experts", test_experts}, {"steps", test_steps},   {"errors", test_errors}};
+  for (const std::string& name : names) {
+    const bool known = std::any_of(tests.begin(), tests.end(), [&](const auto& t) { return t.first == name; });
+    expect(known, cat("no test is called ", name));
+  }
+  for (const auto& [name, test] : tests) {
+    if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) test(*b, rng);
+  }
   std::printf(g_failures == 0 ? "all passed\n" : "%d FAILURES\n", g_failures);
   return g_failures == 0 ? 0 : 1;
 }
@@ -576,8 +596,10 @@ int run() {
 
 int main(int argc, char** argv) {
   try {
-    dflash::test::g_quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
-    return dflash::test::run();
+    std::vector<std::string> names(argv + 1, argv + argc);
+    dflash::test::g_quick = !names.empty() && names[0] == "quick";
+    if (dflash::test::g_quick) names.erase(names.begin());
+    return dflash::test::run(names);
   } catch (const std::exception& e) {
     std::printf("FAIL exception: %s\n", e.what());
     return 1;

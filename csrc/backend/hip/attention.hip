@@ -1,10 +1,11 @@
 // Attention over a KV cache in fixed splits (flash decoding): a block takes one split of the keys, one KV head and a
-// few of the queries that share it; the block that finishes last adds the splits of its queries in order. Where splits
-// begin depends on positions alone (short ones first, so that short contexts still spread over the machine), so neither
-// a row's splits nor their sums depend on the rows beside it. Prefill takes the same kernel, some rows at a time.
+// few of the queries that share it; where there is more than one split, the block that finishes last adds the splits of
+// its queries in order. Where splits begin depends on positions alone, so neither a row's splits nor their sums depend
+// on the rows beside it. The first split is long: short contexts need no second one, and adding splits takes longer
+// than the keys do.
 //
-// In a split every wave runs on its own, with a running maximum over the keys it takes; the waves are added in order at
-// the end. In short splits four lanes share a key (less time to the first result), in long ones a lane has a key.
+// In a split wave w takes the runs of 16 keys w, w + 16, ... on its own, two lanes to a key, with a running maximum;
+// the waves are added in order at the end.
 
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
@@ -14,26 +15,24 @@ namespace dflash::hip {
 
 namespace {
 
-constexpr int kAttentionThreads = 256;
+constexpr int kAttentionThreads = 512;
 constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
+constexpr int kRun = 16, kKeyLanes = gpu::kWave / kRun;
 
-// Splits of 64 keys up to 512, of 256 up to 8192, of 1024 beyond.
-constexpr int kShortEnd = 512, kMiddleEnd = 8192;
-constexpr int kFewSplits = 24;  // contexts that leave room for more blocks
-// Blocks of a launch of a few rows with fewer queries each (NVIDIA), so that each finishes sooner.
-constexpr int kFewRowBlocks = 720;
-constexpr int kShortSplits = kShortEnd / 64, kMiddleSplits = (kMiddleEnd - kShortEnd) / 256;
+// A split of 512 keys, then of 256 up to 8192, of 1024 beyond.
+constexpr int kFirstEnd = 512, kMiddleEnd = 8192;
+constexpr int kMiddleSplits = (kMiddleEnd - kFirstEnd) / 256;
 
 __host__ __device__ inline int split_of(int key) {
-  return key < kShortEnd    ? key / 64
-         : key < kMiddleEnd ? kShortSplits + (key - kShortEnd) / 256
-                            : kShortSplits + kMiddleSplits + (key - kMiddleEnd) / 1024;
+  return key < kFirstEnd    ? 0
+         : key < kMiddleEnd ? 1 + (key - kFirstEnd) / 256
+                            : 1 + kMiddleSplits + (key - kMiddleEnd) / 1024;
 }
 
 __host__ __device__ inline int split_begin(int split) {
-  return split < kShortSplits                   ? split * 64
-         : split < kShortSplits + kMiddleSplits ? kShortEnd + (split - kShortSplits) * 256
-                                                : kMiddleEnd + (split - kShortSplits - kMiddleSplits) * 1024;
+  return split == 0                  ? 0
+         : split < 1 + kMiddleSplits ? kFirstEnd + (split - 1) * 256
+                                     : kMiddleEnd + (split - 1 - kMiddleSplits) * 1024;
 }
 
 // One query's keys are [first, end).
@@ -66,60 +65,43 @@ struct AttentionArgs {
   }
 };
 
-// N consecutive elements of a key or value row, N a multiple of 4 within one group of 32 (or N = 1, 2).
+// N consecutive elements of a key or value row as they lie in the cache; N a multiple of 4 within one group of 32 (or
+// N = 1, 2).
 template <DType T, int N>
-__device__ inline void load_elements(const KvLayer& kv, const void* base, int head, int64_t pos, int dim,
-                                     float (&v)[N]) {
-  if constexpr (T == DType::Q8_0) {
-    const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
-    const int8_t* q = static_cast<const int8_t*>(base) + head * head_bytes;
-    const uint16_t* scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim);
+struct Elements {
+  using Element = std::conditional_t<T == DType::F32, float, std::conditional_t<T == DType::F16, uint16_t, int8_t>>;
+  static constexpr size_t kBytes = N * sizeof(Element);
+  struct alignas(kBytes > 16 ? 16 : kBytes) Vector {
+    Element e[N];
+  };
+  Vector v;
+  uint16_t scale;  // Q8_0
+
+  __device__ inline void load(const KvLayer& kv, const void* base, int head, int64_t pos, int dim) {
     const int64_t at = pos * kv.head_dim + dim;
-    struct alignas(N) Vector {
-      int8_t e[N];
-    };
-    const Vector r = *reinterpret_cast<const Vector*>(q + at);
-    const float d = gpu::half_to_float(scale[at / 32]);
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = static_cast<float>(r.e[i]) * d;
-  } else {
-    using Element = std::conditional_t<T == DType::F32, float, uint16_t>;
-    constexpr size_t kBytes = N * sizeof(Element);
-    struct alignas(kBytes > 16 ? 16 : kBytes) Vector {
-      Element e[N];
-    };
-    const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
-    const Vector r = *reinterpret_cast<const Vector*>(static_cast<const Element*>(base) + at);
+    if constexpr (T == DType::Q8_0) {
+      const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
+      const int8_t* q = static_cast<const int8_t*>(base) + head * head_bytes;
+      v = *reinterpret_cast<const Vector*>(q + at);
+      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim)[at / 32];
+    } else {
+      const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * kv.head_dim;
+      v = *reinterpret_cast<const Vector*>(static_cast<const Element*>(base) + head_at + at);
+    }
+  }
+  __device__ inline void get(float (&f)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if constexpr (T == DType::F32) {
-        v[i] = r.e[i];
+        f[i] = v.e[i];
+      } else if constexpr (T == DType::F16) {
+        f[i] = gpu::half_to_float(v.e[i]);
       } else {
-        v[i] = gpu::half_to_float(r.e[i]);
+        f[i] = static_cast<float>(v.e[i]) * gpu::half_to_float(scale);
       }
     }
   }
-}
-
-// A wave adds one query's splits in order; a lane holds Dims dimensions.
-template <int Dims>
-__device__ inline void add_splits(const AttentionArgs& p, int64_t at, const KeyRange& keys, float* out) {
-  const int first = split_of(keys.first), last = split_of(keys.end - 1);
-  float largest = -INFINITY;
-  for (int s = first + gpu::lane(); s <= last; s += gpu::kWave) largest = fmaxf(largest, p.ml[at + s].x);
-  largest = gpu::wave_max(largest);
-  float sum = 0.0f, o[Dims] = {};
-#pragma unroll 4
-  for (int s = first; s <= last; ++s) {
-    const float2 ml = p.ml[at + s];
-    const float w = ml.x == -INFINITY ? 0.0f : expf(ml.x - largest);
-    sum = fmaf(w, ml.y, sum);
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) o[d] = fmaf(w, p.o[(at + s) * (Dims * 32) + gpu::lane() * Dims + d], o[d]);
-  }
-#pragma unroll
-  for (int d = 0; d < Dims; ++d) out[gpu::lane() * Dims + d] = o[d] / sum;
-}
+};
 
 // What a wave knows of its queries so far.
 template <int Dims, int Queries>
@@ -130,61 +112,118 @@ struct WaveState {
   float o[Queries][Dims];  // the lane's dimensions
 };
 
-// Takes in the wave's next gpu::kWave / KeyLanes keys, KeyLanes lanes to a key. [begin, end): keys of the whole block.
-template <DType T, int Dims, int Queries, int KeyLanes>
-__device__ inline void take_keys(const AttentionArgs& p, int kv_head, int key0, int begin, int end,
-                                 const float (&q)[Queries][Dims * 32], float (&e_lds)[Queries][gpu::kWave],
-                                 WaveState<Dims, Queries>& w) {
-  constexpr int kKeys = gpu::kWave / KeyLanes, kBatch = 8, kHeadDim = Dims * 32;
-  if (key0 + kKeys <= begin || key0 >= end) return;
-  const int part = gpu::lane() % KeyLanes;
-  const int key = key0 + gpu::lane() / KeyLanes;
-  const int safe_key = max(begin, min(key, end - 1));
-  float score[Queries];
+// The step's own key and value, as the cache holds them from now on; position -1: they are in the cache already.
+template <int HeadDim>
+struct OwnKey {
+  const float* k;
+  const float* v;
+  int position;
+};
+
+// A run of keys: each pair of lanes has a key, 8 dimensions in turn; each lane has some dimensions of all values.
+template <DType T, int Dims, bool Hold>
+struct Run {
+  static constexpr int kPieces = Dims * 32 / (8 * kKeyLanes);
+  static constexpr bool kHeld = Hold;
+  Elements<T, 8> k[Hold ? kPieces : 1];
+  Elements<T, Dims> v[Hold ? kRun : 1];
+  const KvLayer* kv;
+  int head, key0, begin, end;
+
+  __device__ inline int dim(int piece) const { return (piece * kKeyLanes + gpu::lane() % kKeyLanes) * 8; }
+  __device__ inline int safe(int key) const { return max(begin, min(key, end - 1)); }
+  // [begin, end): keys of the whole block.
+  __device__ inline void load(const KvLayer& from, int kv_head, int first, int block_begin, int block_end) {
+    kv = &from;
+    head = kv_head;
+    key0 = first;
+    begin = block_begin;
+    end = block_end;
+    if constexpr (Hold) {
+      const int key = safe(key0 + gpu::lane() / kKeyLanes);
 #pragma unroll
-  for (int i = 0; i < Queries; ++i) score[i] = 0.0f;
-  constexpr int kUnroll = Queries <= 2 ? 4 : gpu::kAttentionUnroll;
+      for (int i = 0; i < kPieces; ++i) k[i].load(*kv, kv->k, head, key, dim(i));
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) v[j].load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
+    }
+  }
+  __device__ inline void key_piece(int i, float (&f)[8]) const {
+    if constexpr (Hold) {
+      k[i].get(f);
+    } else {
+      Elements<T, 8> e;
+      e.load(*kv, kv->k, head, safe(key0 + gpu::lane() / kKeyLanes), dim(i));
+      e.get(f);
+    }
+  }
+  __device__ inline void value(int j, float (&f)[Dims]) const {
+    if constexpr (Hold) {
+      v[j].get(f);
+    } else {
+      Elements<T, Dims> e;
+      e.load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
+      e.get(f);
+    }
+  }
+};
+
+template <int Dims, int Queries, bool TakeIn, typename R>
+__device__ inline void take_run(const R& run, float scale, const float (&q)[Queries][Dims * 32],
+                                float (&e_lds)[Queries][kRun], const OwnKey<Dims * 32>& own,
+                                WaveState<Dims, Queries>& w) {
+  const int key = run.key0 + gpu::lane() / kKeyLanes;
+  constexpr int kUnroll = R::kHeld ? R::kPieces : gpu::kAttentionUnroll;
+  float score[Queries][4] = {};
 #pragma unroll kUnroll
-  for (int dim = part * 8; dim < kHeadDim; dim += 8 * KeyLanes) {
+  for (int piece = 0; piece < R::kPieces; ++piece) {
+    const int dim = run.dim(piece);
     float k[8];
-    load_elements<T, 8>(p.kv, p.kv.k, kv_head, safe_key, dim, k);
+    run.key_piece(piece, k);
+    if (TakeIn && key == own.position) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) k[i] = own.k[dim + i];
+    }
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {
       const float4 a = *reinterpret_cast<const float4*>(&q[i][dim]);
       const float4 b = *reinterpret_cast<const float4*>(&q[i][dim + 4]);
-      score[i] = fmaf(a.x, k[0], score[i]);
-      score[i] = fmaf(a.y, k[1], score[i]);
-      score[i] = fmaf(a.z, k[2], score[i]);
-      score[i] = fmaf(a.w, k[3], score[i]);
-      score[i] = fmaf(b.x, k[4], score[i]);
-      score[i] = fmaf(b.y, k[5], score[i]);
-      score[i] = fmaf(b.z, k[6], score[i]);
-      score[i] = fmaf(b.w, k[7], score[i]);
+      score[i][0] = fmaf(b.x, k[4], fmaf(a.x, k[0], score[i][0]));
+      score[i][1] = fmaf(b.y, k[5], fmaf(a.y, k[1], score[i][1]));
+      score[i][2] = fmaf(b.z, k[6], fmaf(a.z, k[2], score[i][2]));
+      score[i][3] = fmaf(b.w, k[7], fmaf(a.w, k[3], score[i][3]));
     }
   }
-  gpu::wave_sync();  // the weights of the step before have been read
+  gpu::wave_sync();  // the weights of the run before have been read
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
-    float s = score[i];
-    for (int m = 1; m < KeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
-    s = key >= w.keys[i].first && key < w.keys[i].end ? s * p.a.scale : -INFINITY;
+    float s = (score[i][0] + score[i][1]) + (score[i][2] + score[i][3]);
+#pragma unroll
+    for (int m = 1; m < kKeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
+    s = key >= w.keys[i].first && key < w.keys[i].end ? s * scale : -INFINITY;
     float top = fmaxf(w.largest[i], s);
-    for (int m = KeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
+#pragma unroll
+    for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
     const float e = s == -INFINITY ? 0.0f : expf(s - top);
     const float keep = w.largest[i] == -INFINITY ? 0.0f : expf(w.largest[i] - top);
-    w.sum[i] = fmaf(w.sum[i], keep, part == 0 ? e : 0.0f);
+    const bool first = gpu::lane() % kKeyLanes == 0;
+    w.sum[i] = fmaf(w.sum[i], keep, first ? e : 0.0f);
 #pragma unroll
     for (int d = 0; d < Dims; ++d) w.o[i][d] *= keep;
     w.largest[i] = top;
-    if (part == 0) e_lds[i][gpu::lane() / KeyLanes] = e;
+    if (first) e_lds[i][gpu::lane() / kKeyLanes] = e;
   }
   gpu::wave_sync();
-#pragma unroll 1
-  for (int j0 = 0; j0 < kKeys; j0 += kBatch) {
+  constexpr int kBatch = 8;
+#pragma unroll
+  for (int j0 = 0; j0 < kRun; j0 += kBatch) {
     float v[kBatch][Dims];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      load_elements<T, Dims>(p.kv, p.kv.v, kv_head, max(begin, min(key0 + j0 + j, end - 1)), gpu::lane() * Dims, v[j]);
+      run.value(j0 + j, v[j]);
+      if (TakeIn && run.safe(run.key0 + j0 + j) == own.position) {
+#pragma unroll
+        for (int d = 0; d < Dims; ++d) v[j][d] = own.v[gpu::lane() * Dims + d];
+      }
     }
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {
@@ -203,150 +242,133 @@ __device__ inline void take_keys(const AttentionArgs& p, int kv_head, int key0, 
   }
 }
 
-// ---- q, k and v of a few rows as the projections left them
+// ---- q, k and v of one row as the projections left them
 // ------------------------------------------------------------
 
 constexpr int kRotations = 64;  // of a head at most
 
-// What a block has to take in: rows of q, new keys with their values. It follows from positions, so it is known before
-// the kernel waits.
-struct Intake {
-  bool whole;
-  int pos0, first_row;
-  int new0, n_new;  // rows whose keys belong to this block
-  int n_q;          // vectors of q to normalise: rows, or heads
-  float4 weight;    // norm weights of the thread's first four elements
-};
+// Normalises and rotates a block's queries, and the KV head's new key, which goes to the cache with its value. The sums
+// of squares are those of qkv_whole_kernel, in its order: a wave plays some waves of that kernel one after the other.
+// Vectors of 128 (four elements a lane): the queries, the key, the value, a wave each.
+template <int Queries>
+class Intake {
+ public:
+  static constexpr int kHeadDim = 128, kItems = (Queries + 2 + kAttentionWaves - 1) / kAttentionWaves;
+  static constexpr int kParts = kNormThreads / kAttentionThreads, kHeldQ = kTakeInMost / (4 * kNormThreads);
 
-// Four elements of a head each: q, then k, then v, each list padded to whole waves.
-template <int Dims, int Queries>
-struct IntakeList {
-  static constexpr int kPerHead = Dims * 8, kQ = Queries * kPerHead;
-  static constexpr int padded(int n) { return (n + gpu::kWave - 1) / gpu::kWave * gpu::kWave; }
-};
-
-template <int Dims, int Queries>
-__device__ inline Intake plan_intake(const AttentionArgs& p, int kv_head, int first_query, int last_query, int begin,
-                                     int end, float2* rotations) {
-  using List = IntakeList<Dims, Queries>;
-  const QkvPost& post = p.in.post;
-  const int group = p.a.n_head / p.a.n_head_kv, t = static_cast<int>(threadIdx.x);
-  Intake n;
-  n.whole = post.norm == QkNorm::whole;
-  n.pos0 = p.pos0.get();
-  n.first_row = first_query / group;
-  n.new0 = max(begin - n.pos0, 0);
-  n.n_new = max(min(end - n.pos0, p.step_rows) - n.new0, 0);
-  n.n_q = n.whole ? last_query / group - n.first_row + 1 : last_query - first_query + 1;
-  const int head = kv_head * group + min(first_query + min(t, List::kQ - 1) / List::kPerHead, last_query) % group;
-  const int k0 = List::padded(List::kQ), dim = (t < k0 ? t : t - k0) % List::kPerHead * 4;
-  const float* norm =
-      t < k0 ? post.q_norm + (n.whole ? head * Dims * 32 : 0) : post.k_norm + (n.whole ? kv_head * Dims * 32 : 0);
-  n.weight = *reinterpret_cast<const float4*>(norm + dim);
-  if (t < post.n_rot / 2) rotations[t] = rotation(post, t, static_cast<float>(n.pos0));
-  return n;
-}
-
-// Normalises and rotates the block's queries into q_lds, and its KV head's new keys with positions in [begin, end),
-// which go to the cache with their values. Blocks with the same new keys store the same bytes. The sums of squares are
-// those of norm_rope.hip, in its order: a wave plays the waves of that kernel one after the other.
-template <int Dims, int Queries>
-__device__ inline void take_in(const AttentionArgs& p, const Intake& n, int kv_head, int first_query, int last_query,
-                               float (&q_lds)[Queries][Dims * 32], float (*sums)[gpu::kWave], float* inverse,
-                               const float2* rotations) {
-  using List = IntakeList<Dims, Queries>;
-  constexpr int kHeadDim = Dims * 32, kPerHead = List::kPerHead, kTogether = 5;
-  const QkvPost& post = p.in.post;
-  const int group = p.a.n_head / p.a.n_head_kv, wave = gpu::wave(), t = static_cast<int>(threadIdx.x);
-  auto head_of = [&](int query) { return kv_head * group + query % group; };
-  auto q_at = [&](int query) {
-    return p.q + (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * kHeadDim;
+  struct Shared {
+    alignas(16) float k[kHeadDim], v[kHeadDim];
+    float sums[2][gpu::kWave];
+    float2 rotations[kRotations];
   };
-  auto k_at = [&](int row) { return p.in.k + (static_cast<int64_t>(row) * p.a.n_head_kv + kv_head) * kHeadDim; };
-  const int nq = n.whole ? p.a.n_head * kHeadDim : kHeadDim, nk = n.whole ? p.a.n_head_kv * kHeadDim : kHeadDim;
-  // waves of the norm's kernel that have elements of q and of k
-  const int waves = p.norm_threads / gpu::kWave, wq = min(waves, (nq + 127) / 128), wk = min(waves, (nk + 127) / 128);
-  if (n.whole) {
-    const int all_q = n.n_q * wq, all = all_q + n.n_new * wk;
-    for (int i0 = wave; i0 < all; i0 += kTogether * kAttentionWaves) {
-      float squares[kTogether] = {};
-      const float* x[kTogether];
-      int at[kTogether], size[kTogether];
+
+  // Before the wait.
+  __device__ inline Intake(const AttentionArgs& p, Shared& lds, int kv_head, int first_query, int queries, bool own_key)
+      : p_(p), lds_(lds), kv_head_(kv_head), first_head_(kv_head * (p.a.n_head / p.a.n_head_kv) + first_query) {
+    const QkvPost& post = p.in.post;
+    position_ = p.pos0.get();
+    if (static_cast<int>(threadIdx.x) < post.n_rot / 2) {
+      lds_.rotations[threadIdx.x] = rotation(post, static_cast<int>(threadIdx.x), static_cast<float>(position_));
+    }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int i = min(i0 + j * kAttentionWaves, all - 1), k = i - all_q;
-        x[j] = k < 0 ? p.q + static_cast<int64_t>(n.first_row + i / wq) * nq
-                     : p.in.k + static_cast<int64_t>(n.new0 + k / wk) * nk;
-        at[j] = ((k < 0 ? i % wq : k % wk) * gpu::kWave + gpu::lane()) * 4;
-        size[j] = k < 0 ? nq : nk;
-      }
-      for (int h = 0; h * p.norm_threads * 4 < nq; ++h) {
-        float4 v[kTogether];
+    for (int i = 0; i < kItems; ++i) {
+      const int item = gpu::wave() + i * kAttentionWaves;
+      kind_[i] = item < queries ? kQ : own_key && item == Queries ? kK : own_key && item == Queries + 1 ? kV : kNone;
+      head_[i] = first_head_ + item;
+      const float* norm = kind_[i] == kQ   ? post.q_norm + head_[i] * kHeadDim
+                          : kind_[i] == kK ? post.k_norm + kv_head_ * kHeadDim
+                                           : nullptr;
+      if (norm != nullptr) weight_[i] = reinterpret_cast<const float4*>(norm)[gpu::lane()];
+    }
+  }
+
+  // After it: everything that has to be read is on its way.
+  __device__ inline void load() {
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          const int a = at[j] + h * p.norm_threads * 4;
-          v[j] = a < size[j] ? *reinterpret_cast<const float4*>(x[j] + a) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        }
+    for (int i = 0; i < kParts; ++i) {
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          squares[j] =
-              fmaf(v[j].w, v[j].w, fmaf(v[j].z, v[j].z, fmaf(v[j].y, v[j].y, fmaf(v[j].x, v[j].x, squares[j]))));
-        }
-      }
+      for (int h = 0; h < kHeldQ; ++h) q_[i][h] = quad(p_.q, part_at(i) + h * p_.norm_threads * 4, n_q(), i);
+    }
+    k_ = quad(p_.in.k, part_at(0), n_k(), 0);
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int i = i0 + j * kAttentionWaves, k = i - all_q;
-        const float sum = gpu::wave_sum(squares[j]);
-        if (gpu::lane() == 0 && i < all) sums[k < 0 ? i / wq : n.n_q + k / wk][k < 0 ? i % wq : k % wk] = sum;
+    for (int i = 0; i < kItems; ++i) {
+      const float* x = kind_[i] == kQ   ? p_.q + head_[i] * kHeadDim
+                       : kind_[i] == kK ? p_.in.k + kv_head_ * kHeadDim
+                                        : p_.in.v + kv_head_ * kHeadDim;
+      if (kind_[i] != kNone) item_[i] = reinterpret_cast<const float4*>(x)[gpu::lane()];
+    }
+  }
+
+  __device__ inline void run(float (&q_lds)[Queries][kHeadDim]) {
+    float sum[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      sum[i] = 0.0f;
+#pragma unroll
+      for (int h = 0; h < kHeldQ; ++h) sum[i] = add_squares(q_[i][h], sum[i]);
+    }
+    float sum_k = add_squares(k_, 0.0f);
+#pragma unroll
+    for (int m = gpu::kWave / 2; m > 0; m >>= 1) {  // as wave_sum
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) sum[i] += gpu::shuffle_xor(sum[i], m);
+      sum_k += gpu::shuffle_xor(sum_k, m);
+    }
+    if (gpu::lane() == 0) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        lds_.sums[0][i * kAttentionWaves + gpu::wave()] = sum[i];
+        lds_.sums[1][i * kAttentionWaves + gpu::wave()] = i == 0 ? sum_k : 0.0f;
       }
     }
     __syncthreads();
-  }
-  for (int i = wave; i < n.n_q + n.n_new; i += kAttentionWaves) {
-    float sum = 0.0f;
-    if (n.whole) {
-      sum = gpu::lane() < (i < n.n_q ? wq : wk) ? sums[i][gpu::lane()] : 0.0f;
-    } else {
-      const float* x = i < n.n_q ? q_at(first_query + i) : k_at(n.new0 + i - n.n_q);
-      for (int d = gpu::lane(); d < kHeadDim; d += gpu::kWave) sum = fmaf(x[d], x[d], sum);
-    }
-    sum = gpu::wave_sum(sum);
-    if (gpu::lane() == 0) inverse[i] = 1.0f / sqrtf(sum / static_cast<float>(i < n.n_q ? nq : nk) + post.eps);
-  }
-  __syncthreads();
-  auto turned = [&](const float* x, const float4& weight, float inverse_rms, int dim) {
-    const float4 v = times(*reinterpret_cast<const float4*>(x + dim), inverse_rms, weight);
-    const float4 other = shuffle_quad(v, post.n_rot / 8);
-    if (dim >= post.n_rot) return v;
-    return rotate_quad(post, dim, v, other, [&](int j) { return rotations[j]; });
-  };
-  const int new_quads = n.n_new * kPerHead, k0 = List::padded(List::kQ), v0 = k0 + List::padded(new_quads);
-  for (int i0 = t; i0 < v0 + List::padded(new_quads); i0 += kAttentionThreads) {
-    if (i0 < k0) {
-      const int i = min(i0, List::kQ - 1), query = min(first_query + i / kPerHead, last_query);
-      const int dim = i % kPerHead * 4;
-      const float4 weight =
-          i0 == t ? n.weight
-                  : *reinterpret_cast<const float4*>(post.q_norm + (n.whole ? head_of(query) * kHeadDim : 0) + dim);
-      const float4 v =
-          turned(q_at(query), weight, inverse[n.whole ? query / group - n.first_row : query - first_query], dim);
-      if (i0 < List::kQ) reinterpret_cast<float4*>(&q_lds[0][0])[i] = v;
-      continue;
-    }
-    const bool key = i0 < v0;
-    const int i = min(i0 - (key ? k0 : v0), new_quads - 1), row = n.new0 + i / kPerHead, dim = i % kPerHead * 4;
-    const bool inside = i0 - (key ? k0 : v0) < new_quads;
-    if (key) {
-      const float4 weight =
-          i0 == t ? n.weight : *reinterpret_cast<const float4*>(post.k_norm + (n.whole ? kv_head * kHeadDim : 0) + dim);
-      const float4 v = turned(k_at(row), weight, inverse[n.n_q + i / kPerHead], dim);
-      store_kv_quad(p.kv, p.kv.k, kv_head, n.pos0 + row, dim, v, inside);
-    } else {
-      const float4 v = *reinterpret_cast<const float4*>(p.in.v + (k_at(row) - p.in.k) + dim);
-      store_kv_quad(p.kv, p.kv.v, kv_head, n.pos0 + row, dim, v, inside);
+    const QkvPost& post = p_.in.post;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (kind_[i] == kNone) continue;
+      const int dim = gpu::lane() * 4;
+      float4 r = item_[i];
+      if (kind_[i] != kV) {
+        const float squares = gpu::wave_sum(lds_.sums[kind_[i] == kQ ? 0 : 1][gpu::lane()]);
+        const int n = kind_[i] == kQ ? n_q() : n_k();
+        r = times(r, 1.0f / sqrtf(squares / static_cast<float>(n) + post.eps), weight_[i]);
+        const float4 other = shuffle_quad(r, post.n_rot / 8);
+        if (dim < post.n_rot) r = rotate_quad(post, dim, r, other, [&](int j) { return lds_.rotations[j]; });
+      }
+      float* to = &q_lds[min(head_[i] - first_head_, Queries - 1)][0];
+      if (kind_[i] != kQ) {
+        const bool key = kind_[i] == kK;
+        r = store_kv_quad(p_.kv, key ? p_.kv.k : p_.kv.v, kv_head_, position_, dim, r, true);
+        to = key ? lds_.k : lds_.v;
+      }
+      *reinterpret_cast<float4*>(to + dim) = r;
     }
   }
-}
+
+ private:
+  enum Kind { kNone, kQ, kK, kV };
+  __device__ inline int n_q() const { return p_.a.n_head * kHeadDim; }
+  __device__ inline int n_k() const { return p_.a.n_head_kv * kHeadDim; }
+  __device__ inline int part_at(int i) const {
+    return ((i * kAttentionWaves + gpu::wave()) * gpu::kWave + gpu::lane()) * 4;
+  }
+  // Four elements, or zeros where the norm's kernel has no thread or no element.
+  __device__ inline float4 quad(const float* x, int at, int n, int part) const {
+    const bool there = part_at(part) < p_.norm_threads * 4 && at < n;
+    return there ? *reinterpret_cast<const float4*>(x + at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  static __device__ inline float add_squares(const float4& v, float s) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, s))));
+  }
+
+  const AttentionArgs& p_;
+  Shared& lds_;
+  int kv_head_, first_head_, position_;
+  Kind kind_[kItems];
+  int head_[kItems];
+  float4 weight_[kItems], item_[kItems];
+  float4 q_[kParts][kHeldQ], k_;
+};
 
 // A hint while the kernel before ends: keys and values [begin, end) of the cache.
 __device__ inline void prefetch_keys(const AttentionArgs& p, int kv_head, int begin, int end) {
@@ -356,21 +378,16 @@ __device__ inline void prefetch_keys(const AttentionArgs& p, int kv_head, int be
   gpu::prefetch(base + (static_cast<int64_t>(kv_head) * p.kv.n_ctx + begin) * row, (end - begin) * row);
 }
 
-// grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head.
-template <DType T, int Dims, int Queries>
-__global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention_split_kernel(AttentionArgs p) {
+// grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head. TakeIn: q, k and v
+// of one row are as the projections left them.
+template <DType T, int Dims, int Queries, bool TakeIn>
+__global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(AttentionArgs p) {
   constexpr int kHeadDim = Dims * 32;
-  alignas(16) __shared__ float q_lds[Queries][kHeadDim];  // later: the results
-  // sums, 1 / rms and rotations while q, k and v are taken in; later the waves' results
-  constexpr int kVectors = Queries + 1, kIntake = kVectors * (gpu::kWave + 1) + 2 * kRotations + 2;
-  constexpr int kResults = kAttentionWaves * Queries * kHeadDim;
-  alignas(16) __shared__ float pool[gpu::kTakeIn && kIntake > kResults ? kIntake : kResults];
-  auto o_lds = reinterpret_cast<float (*)[Queries][kHeadDim]>(pool);
-  auto sums = reinterpret_cast<float (*)[gpu::kWave]>(pool);
-  float* inverse = pool + kVectors * gpu::kWave;
-  float2* rotations = reinterpret_cast<float2*>(pool + (kVectors * (gpu::kWave + 1) + 1) / 2 * 2);
-  __shared__ float2 ml_lds[kAttentionWaves][Queries];                        // largest score, sum
-  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][gpu::kWave];  // weights of the wave's keys
+  constexpr bool kHold = T == DType::F16 && Dims <= 4 && Queries <= 2;
+  alignas(16) __shared__ float q_lds[Queries][kHeadDim];
+  __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
+  __shared__ float2 ml_lds[kAttentionWaves][Queries];                  // largest score, sum
+  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kRun];  // weights of the wave's keys
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
   const int first_query = static_cast<int>(blockIdx.x) * Queries;
@@ -381,23 +398,32 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
   const int all_first = p.keys(first_query / group).first, all_end = p.keys(last_query / group).end;
   const int begin = max(split_begin(split), all_first), end = min(split_begin(split + 1), all_end);
   if (begin >= end) return;  // others wait
-  const int t = static_cast<int>(threadIdx.x);
+  const int t = static_cast<int>(threadIdx.x), wave = gpu::wave();
   prefetch_keys(p, kv_head, begin, min(end, p.pos0.get()));
-  Intake intake = {};
-  if (gpu::kTakeIn && p.in.k != nullptr) {
-    intake = plan_intake<Dims, Queries>(p, kv_head, first_query, last_query, begin, end, rotations);
-  }
-  gpu::wait_for_previous();
   auto head_of = [&](int query) { return kv_head * group + query % group; };
-  constexpr int kQuads = Queries * kHeadDim / 4;
-  if (gpu::kTakeIn && p.in.k != nullptr) {
-    take_in<Dims, Queries>(p, intake, kv_head, first_query, last_query, q_lds, sums, inverse, rotations);
-  }
-  for (int i = t; !(gpu::kTakeIn && p.in.k != nullptr) && i < kQuads; i += kAttentionThreads) {
-    const int query = min(first_query + i / (kHeadDim / 4), last_query);
-    const int64_t row = p.row0 + query / group;
-    reinterpret_cast<float4*>(&q_lds[0][0])[i] =
-        reinterpret_cast<const float4*>(p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
+  int key0 = split_begin(split) + wave * kRun;
+  if (begin > key0) key0 += (begin - key0) / (kAttentionWaves * kRun) * (kAttentionWaves * kRun);
+  Run<T, Dims, kHold> run;
+  OwnKey<kHeadDim> own = {nullptr, nullptr, -1};
+  if constexpr (TakeIn) {
+    __shared__ typename Intake<Queries>::Shared lds;
+    const int position = p.pos0.get();
+    own = {lds.k, lds.v, position};
+    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, end > position);
+    gpu::wait_only();
+    intake.load();
+    run.load(p.kv, kv_head, key0, begin, end);
+    intake.run(q_lds);
+    gpu::release_next();
+  } else {
+    gpu::wait_for_previous();
+    for (int i = t; i < Queries * kHeadDim / 4; i += kAttentionThreads) {
+      const int query = min(first_query + i / (kHeadDim / 4), last_query);
+      const int64_t row = p.row0 + query / group;
+      reinterpret_cast<float4*>(&q_lds[0][0])[i] =
+          reinterpret_cast<const float4*>(p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
+    }
+    run.load(p.kv, kv_head, key0, begin, end);
   }
   WaveState<Dims, Queries> w;
 #pragma unroll
@@ -409,13 +435,11 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
     for (int d = 0; d < Dims; ++d) w.o[i][d] = 0.0f;
   }
   __syncthreads();
-  const int start = split_begin(split), wave = gpu::wave();
-  if (split < kShortSplits) {
-    take_keys<T, Dims, Queries, 4>(p, kv_head, start + wave * 8, begin, end, q_lds, e_lds[wave], w);
-  } else {
-    for (int key0 = start + wave * gpu::kWave; key0 < end; key0 += kAttentionThreads) {
-      take_keys<T, Dims, Queries, 1>(p, kv_head, key0, begin, end, q_lds, e_lds[wave], w);
-    }
+#pragma unroll 1
+  while (key0 < end) {
+    if (key0 + kRun > begin) take_run<Dims, Queries, TakeIn>(run, p.a.scale, q_lds, e_lds[wave], own, w);
+    key0 += kAttentionWaves * kRun;
+    if (key0 < end) run.load(p.kv, kv_head, key0, begin, end);
   }
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
@@ -426,49 +450,53 @@ __global__ void __launch_bounds__(kAttentionThreads, gpu::kTileBlocks) attention
   }
   __syncthreads();
 
-  // The waves in order, a wave per query. Where the split is the only one, that is the result; else the last block to
-  // finish adds all splits.
+  // The waves in order, a thread for a dimension of a query: a wave has a group of 32 of the result.
   const int first_split = split_of(all_first), last_split = split_of(all_end - 1);
   auto partial_of = [&](int query) {
     return (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * p.max_splits;
   };
-  for (int i = gpu::wave(); i < Queries && first_query + i <= last_query; i += kAttentionWaves) {
-    float top = -INFINITY, total = 0.0f, r[Dims] = {};
-    for (int w = 0; w < kAttentionWaves; ++w) top = fmaxf(top, ml_lds[w][i].x);
-    for (int w = 0; w < kAttentionWaves; ++w) {
-      const float2 ml = ml_lds[w][i];
-      const float scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
-      total = fmaf(scale, ml.y, total);
+  auto finish = [&](int query, int dim, float v) {
+    const int64_t at = ((p.row0 + query / group) * static_cast<int64_t>(p.a.n_head) + head_of(query)) * kHeadDim + dim;
+    p.out[at] = v;
+    quantize_group(v, p.quant.q + (at & ~int64_t{31}), p.quant.scale + at / 32);
+  };
+  const int n_results = (last_query - first_query + 1) * kHeadDim;
+  for (int i = t; i < n_results; i += kAttentionThreads) {
+    const int local = i / kHeadDim, dim = i % kHeadDim;
+    float2 ml = make_float2(-INFINITY, 0.0f);  // a lane has a wave's
+    if (gpu::lane() < kAttentionWaves) ml = ml_lds[gpu::lane()][local];
+    const float top = gpu::wave_max(ml.x), scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
+    const float total = gpu::wave_sum(scale * ml.y);
+    float r = 0.0f;
 #pragma unroll
-      for (int d = 0; d < Dims; ++d) r[d] = fmaf(scale, o_lds[w][i][gpu::lane() * Dims + d], r[d]);
-    }
-    const int64_t at = partial_of(first_query + i) + split;
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) {
-      if (first_split == last_split) {
-        q_lds[i][gpu::lane() * Dims + d] = r[d] / total;
-      } else {
-        p.o[at * kHeadDim + gpu::lane() * Dims + d] = r[d];
-      }
-    }
-    if (first_split != last_split && gpu::lane() == 0) p.ml[at] = make_float2(top, total);
-  }
-  if (first_split != last_split) {
-    int* counter = p.arrived + kv_head * gridDim.x + blockIdx.x;
-    if (!gpu::last_to_arrive(counter, last_split - first_split + 1)) return;
-    for (int i = gpu::wave(); i < Queries && first_query + i <= last_query; i += kAttentionWaves) {
-      add_splits<Dims>(p, partial_of(first_query + i), p.keys((first_query + i) / group), q_lds[i]);
+    for (int v = 0; v < kAttentionWaves; ++v) r = fmaf(gpu::shuffle(scale, v), o_lds[v][local][dim], r);
+    if (first_split == last_split) {
+      finish(first_query + local, dim, r / total);
+    } else {
+      const int64_t at = partial_of(first_query + local) + split;
+      p.o[at * kHeadDim + dim] = r;
+      if (dim == 0) p.ml[at] = make_float2(top, total);
     }
   }
-  __syncthreads();
-  for (int i = t; i < (kQuads + 31) / 32 * 32; i += kAttentionThreads) {
-    const int local = min(i, kQuads - 1) / (kHeadDim / 4), query = min(first_query + local, last_query);
-    const bool write = i < kQuads && first_query + local <= last_query;
-    const int64_t at = ((p.row0 + query / group) * static_cast<int64_t>(p.a.n_head) + head_of(query)) * kHeadDim +
-                       i % (kHeadDim / 4) * 4;
-    const float4 v = reinterpret_cast<const float4*>(&q_lds[0][0])[min(i, kQuads - 1)];
-    if (write) *reinterpret_cast<float4*>(p.out + at) = v;
-    quantize_quad(v, p.quant.q + (at & ~int64_t{31}), p.quant.scale + at / 32, write);
+  if (first_split == last_split) return;
+  int* counter = p.arrived + kv_head * gridDim.x + blockIdx.x;
+  if (!gpu::last_to_arrive(counter, last_split - first_split + 1)) return;
+  for (int i = t; i < n_results; i += kAttentionThreads) {
+    const int query = first_query + i / kHeadDim, dim = i % kHeadDim;
+    const KeyRange keys = p.keys(query / group);
+    const int64_t at = partial_of(query);
+    const int first = split_of(keys.first), last = split_of(keys.end - 1);
+    float top = -INFINITY, total = 0.0f, r = 0.0f;
+    for (int s = first + gpu::lane(); s <= last; s += gpu::kWave) top = fmaxf(top, gpu::load_fresh(&p.ml[at + s].x));
+    top = gpu::wave_max(top);
+#pragma unroll 4
+    for (int s = first; s <= last; ++s) {
+      const float largest = gpu::load_fresh(&p.ml[at + s].x), sum = gpu::load_fresh(&p.ml[at + s].y);
+      const float scale = largest == -INFINITY ? 0.0f : expf(largest - top);
+      total = fmaf(scale, sum, total);
+      r = fmaf(scale, gpu::load_fresh(&p.o[(at + s) * kHeadDim + dim]), r);
+    }
+    finish(query, dim, r / total);
   }
 }
 
@@ -493,27 +521,31 @@ int rows_per_launch(const Attention& a, int rows, int n_keys) {
 template <DType T, int Dims>
 void split(gpu::Stream s, const AttentionArgs& args) {
   const int n_queries = args.rows * (args.a.n_head / args.a.n_head_kv);
-  auto run = [&](int queries, auto kernel) {
+  auto blocks_of = [&](int queries) {
+    return (n_queries + queries - 1) / queries * args.a.n_head_kv * args.max_splits;
+  };
+  auto launch = [&](int queries, auto kernel) {
     const dim3 grid(static_cast<unsigned>((n_queries + queries - 1) / queries), static_cast<unsigned>(args.a.n_head_kv),
                     static_cast<unsigned>(args.max_splits));
     gpu::launch(s, grid, kAttentionThreads, kernel, args);
   };
-  const int most_blocks = gpu::kTakeIn && args.rows <= 16 ? kFewRowBlocks : 0;
-  auto blocks_of = [&](int queries) {
-    return (n_queries + queries - 1) / queries * args.a.n_head_kv * args.max_splits;
+  auto run = [&](auto queries) {
+    constexpr int kQueries = decltype(queries)::value;
+    if constexpr (gpu::kTakeIn && Dims == 4) {
+      if (args.in.k != nullptr) return launch(kQueries, attention_split_kernel<T, Dims, kQueries, true>);
+    }
+    launch(kQueries, attention_split_kernel<T, Dims, kQueries, false>);
   };
-  // A query's result does not depend on how many share its block.
-  constexpr int kMost = Dims <= 4 ? 8 : 4;
-  if (n_queries == 1) {
-    run(1, attention_split_kernel<T, Dims, 1>);
-  } else if (args.rows == 1 && args.max_splits <= kFewSplits) {
-    run(2, attention_split_kernel<T, Dims, 2>);  // more blocks that each finish sooner
-  } else if (blocks_of(2) <= most_blocks) {
-    run(2, attention_split_kernel<T, Dims, 2>);
-  } else if (n_queries <= 4 || blocks_of(4) <= most_blocks) {
-    run(4, attention_split_kernel<T, Dims, 4>);
+  // Blocks with fewer queries finish sooner, as long as all are at work at the same time. A query's result does not
+  // depend on how many share its block.
+  const int most_blocks = 3 * gpu::compute_units();
+  constexpr int kMost = Dims <= 4 ? 4 : 2;
+  if (n_queries == 1 || blocks_of(1) <= most_blocks) {
+    run(std::integral_constant<int, 1>{});
+  } else if (n_queries == 2 || blocks_of(2) <= most_blocks) {
+    run(std::integral_constant<int, 2>{});
   } else {
-    run(kMost, attention_split_kernel<T, Dims, kMost>);
+    run(std::integral_constant<int, kMost>{});
   }
 }
 

@@ -39,7 +39,7 @@ __device__ inline float first_bias(const FewChoice& c) {
 
 // keys: MaxRows * 256 words of shared memory.
 template <int MaxRows>
-__device__ inline void group_few(const FewChoice& c, float bias0, bool weights, uint32_t* keys, Grouping<MaxRows>& g) {
+__device__ inline void group_few(const FewChoice& c, float bias0, uint32_t* keys, Grouping<MaxRows>& g) {
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
   if (c.logits == nullptr) {  // a dense feed-forward
     if (t < c.rows) {
@@ -78,10 +78,6 @@ __device__ inline void group_few(const FewChoice& c, float bias0, bool weights, 
         g.items = c.top_k;
       }
     }
-    if (weights) {
-      const float weight = expert_weight(c.logits + row * c.n_expert, mine, c.top_k);
-      if (gpu::lane() < c.top_k) g.weight[p] = weight;
-    }
   }
   __syncthreads();
   if (MaxRows == 1 || c.rows == 1) return;
@@ -113,6 +109,17 @@ __device__ inline void group_few(const FewChoice& c, float bias0, bool weights, 
   __syncthreads();
 }
 
+// The weights of the experts chosen, a wave a row.
+template <int MaxRows>
+__device__ inline void weigh_few(const FewChoice& c, Grouping<MaxRows>& g) {
+  if (c.logits == nullptr) return;
+  for (int row = gpu::wave(); row < c.rows; row += static_cast<int>(blockDim.x) / gpu::kWave) {
+    const int p = row * c.top_k + min(gpu::lane(), c.top_k - 1);
+    const float weight = expert_weight(c.logits + row * c.n_expert, g.chosen[p], c.top_k);
+    if (gpu::lane() < c.top_k) g.weight[p] = weight;
+  }
+}
+
 // A unit of work is an item and a tile of n_ff: its 32 gate and up outputs are one int8 group of the next product's
 // input. Each block takes every gridDim.x-th.
 template <typename F, int MaxRows>
@@ -125,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   const int wave = gpu::wave();
   const float bias0 = first_bias(choice);
   gpu::wait_then_release();  // launch_down_few reads the logits before it waits
-  group_few(choice, bias0, false, reinterpret_cast<uint32_t*>(&sums[0][0][0][0]), g);
+  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0][0]), g);
   if (blockIdx.x == 0 && threadIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
   const Span span = segment_span(wave, gate.groups);
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x), tiles = gate.tiles;
@@ -207,7 +214,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   const int tile = static_cast<int>(blockIdx.x);
   const Span span = segment_span(segment, down.groups);
   if constexpr (!gpu::kStaged) gpu::wait_for_previous();
-  group_few(choice, first_bias(choice), true, reinterpret_cast<uint32_t*>(&sums[0][0][0][0][0]), g);
+  group_few(choice, first_bias(choice), reinterpret_cast<uint32_t*>(&sums[0][0][0][0][0]), g);
   struct Cursor {
     const TiledWeight& down;
     const Grouping<MaxRows>& g;
@@ -222,8 +229,18 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   WeightStream<F, kDownSlots, act_rows(MaxRows), Cursor> stream(memory.ring(lds, wave), span,
                                                                 Cursor{down, g, half, tile, g.items});
   stream.start();
-  if constexpr (gpu::kStaged) gpu::wait_for_previous();
+  // With one row the next kernel's weights may come at once; with more they are in the way of what is left of these.
+  if constexpr (gpu::kStaged && MaxRows == 1) {
+    gpu::wait_for_previous();
+  } else if constexpr (gpu::kStaged) {
+    gpu::wait_only();
+  }
   stream.start_acts(act);
+  const int64_t n = static_cast<int64_t>(tile) * kTile + gpu::lane();
+  float before = 0.0f;  // what is added to, read while the products are made
+  static_assert(kFewRows <= 2 * kSegments, "a row for each wave at most");
+  if (wave < choice.rows && n < down.n_out) before = x[wave * down.n_out + n];
+  weigh_few(choice, g);
   float* y = reinterpret_cast<float*>(memory.ring(lds, gpu::kStaged ? 2 * kSegments : 0));  // [pairs, 32]
   const int segments = segment_count(down.groups);
   ActRows all = {act.q + span.g0 * 32, act.scale + span.g0, down.groups * 32, down.groups};
@@ -232,6 +249,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
     all = stage_acts(
         memory.act_rows(lds, wave), act, span, [&](int i) { return min(2 * i + half, g.items - 1); }, most, most);
   }
+  if constexpr (gpu::kStaged && MaxRows > 1) gpu::release_next();
   int buffer = 0;
 #pragma unroll 1
   for (int item0 = 0; item0 < g.items; item0 += 2) {
@@ -272,16 +290,14 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
     buffer = buffer + 1 < kBuffers ? buffer + 1 : 0;
   }
   __syncthreads();
-  const int64_t n = static_cast<int64_t>(tile) * kTile + gpu::lane();
-  if (n >= down.n_out) return;
-  for (int row = wave; row < choice.rows; row += 2 * kSegments) {
-    float sum = 0.0f;
-    for (int slot = 0; slot < choice.top_k; ++slot) {
-      const int pair = row * choice.top_k + slot;
-      sum = fmaf(g.weight[pair], y[pair * kTile + gpu::lane()], sum);
-    }
-    x[row * down.n_out + n] += sum;
+  if (n >= down.n_out || wave >= choice.rows) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int slot = 0; slot < choice.top_k; ++slot) {
+    const int pair = wave * choice.top_k + slot;
+    sum = fmaf(g.weight[pair], y[pair * kTile + gpu::lane()], sum);
   }
+  x[wave * down.n_out + n] = before + sum;
 }
 
 // Calls f(MaxRows) with the smallest bound for which kernels are made.

@@ -223,21 +223,32 @@ void launch_shared(Stream stream, dim3 grid, unsigned threads, size_t shared, vo
 
 inline constexpr int kWave = 32;
 
-// Lets the next kernel's blocks start, then waits until the kernel before is complete. What comes earlier in a kernel
-// may only read what no kernel writes (weights). Every kernel calls it first, so "complete" reaches back to all before.
-__device__ inline void wait_for_previous() {
+// Lets the next kernel's blocks start. A kernel whose own reads are few and urgent does so late: the next one's
+// weights, coming in all at once, would be in the way.
+__device__ inline void release_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before is complete. What comes earlier in a kernel may only read what no kernel writes
+// (weights). Every kernel waits, so "complete" reaches back to all before.
+__device__ inline void wait_only() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The other way round: waits first. Then the next kernel may, before it waits itself, read what was complete here.
+// What most kernels begin with.
+__device__ inline void wait_for_previous() {
+  release_next();
+  wait_only();
+}
+
+// The other way round: the next kernel may, before it waits itself, read what was complete here.
 __device__ inline void wait_then_release() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  wait_only();
+  release_next();
 }
 
 // A hint by a wave: these bytes (a multiple of 16) will be read soon.
@@ -381,17 +392,19 @@ __device__ inline uint16_t float_to_half(float f) {
 
 __device__ inline float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
 
-// c + the dot product of four signed bytes with four signed bytes.
+// c + the dot product of four bytes (signed, or else unsigned) with four signed bytes.
+template <bool Signed = true>
 __device__ inline int dot4(int a, int b, int c) {
-#if defined(DFLASH_GPU_HIP)
 #if defined(__gfx1100__) || defined(__gfx1101__) || defined(__gfx1102__) || defined(__gfx1103__) || \
     defined(__gfx1150__) || defined(__gfx1151__) || defined(__gfx1200__) || defined(__gfx1201__)
-  return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
+  return __builtin_amdgcn_sudot4(Signed, a, true, b, c, false);
+#elif defined(__CUDA_ARCH__)
+  if constexpr (Signed) return __dp4a(a, b, c);
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 #else  // the host pass only parses
   return a + b + c;
-#endif
-#else
-  return __dp4a(a, b, c);
 #endif
 }
 
@@ -408,7 +421,6 @@ __device__ inline int dot4(int a, int b, int c) {
 #if defined(DFLASH_GPU_HIP)
 inline constexpr int kMmaFromRows = 5;  // five rows of activations are too many for the scalar registers
 inline constexpr int kMmaUnroll = 1;    // groups in a loop body
-inline constexpr int kTileBlocks = 1;   // __launch_bounds__' second number for the tile and attention kernels
 inline constexpr int kAttentionUnroll =
     1;  // steps over head_dim in a loop body; unrolled, they need too many registers
 inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
@@ -417,7 +429,6 @@ inline constexpr int kHalfTokens = 32;  // tokens a block of the kernels for man
 #else
 inline constexpr int kMmaFromRows = 3;
 inline constexpr int kMmaUnroll = 3;
-inline constexpr int kTileBlocks = 2;
 inline constexpr int kAttentionUnroll = 2;
 inline constexpr int kDotAhead[] = {3, 3};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;

@@ -126,9 +126,9 @@ void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position
 // ----------------------------------------------------------------------------------------------------
 inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
-// Whether attention itself normalises, rotates and stores q, k, v, with no launch of qkv_post: NVIDIA, one row. (With
-// more rows every block would take in the keys of all of them: 14 us for two rows, in a launch of its own 12.) q stays
-// as it was.
+// Whether attention itself normalises, rotates and stores q, k, v, with no launch of qkv_post: NVIDIA, one row, norm
+// over the whole vector, head_dim 128. (With more rows every block would take in the keys of all of them: 14 us for two
+// rows, in a launch of its own 12.) q stays as it was.
 bool attention_can_take_in(const QkvPost& p, int rows);
 struct TakeIn {
   QkvPost post;

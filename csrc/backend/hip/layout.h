@@ -59,14 +59,18 @@ __device__ inline int dot_words(const uint4& w, const int4& x, int c) {
   return gpu::dot4(static_cast<int>(w.w), x.w, c);
 }
 
-__device__ inline uint4 low_nibbles(const uint4& v) {
-  const uint32_t m = 0x0f0f0f0fu;
-  return make_uint4(v.x & m, v.y & m, v.z & m, v.w & m);
+// Bytes of v under the mask, as unsigned numbers.
+__device__ inline int dot_masked(const uint4& v, uint32_t mask, const int4& x, int c) {
+  c = gpu::dot4<false>(static_cast<int>(v.x & mask), x.x, c);
+  c = gpu::dot4<false>(static_cast<int>(v.y & mask), x.y, c);
+  c = gpu::dot4<false>(static_cast<int>(v.z & mask), x.z, c);
+  return gpu::dot4<false>(static_cast<int>(v.w & mask), x.w, c);
 }
 
-__device__ inline uint4 high_nibbles(const uint4& v) {
-  const uint32_t m = 0x0f0f0f0fu;
-  return make_uint4((v.x >> 4) & m, (v.y >> 4) & m, (v.z >> 4) & m, (v.w >> 4) & m);
+// A group's 4-bit values, low nibbles first, times its activations, plus c. High nibbles stay where they are: their sum
+// is sixteen times too large, exactly.
+__device__ inline int dot_nibbles(const uint4& v, const int4& x0, const int4& x1, int c) {
+  return (dot_masked(v, 0xf0f0f0f0u, x1, 0) >> 4) + dot_masked(v, 0x0f0f0f0fu, x0, c);
 }
 
 // The formats. Raw: one row's group as loaded; Block: the same, unpacked. accumulate(): acc plus its dot with a group
@@ -80,18 +84,16 @@ struct FormatQ4_0 {
     uint16_t d;
   };
   struct Block {
-    uint4 lo, hi;
+    uint4 q;
     float d;
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
     return {gpu::load_once(q + row * 16), s[row]};
   }
-  static __device__ inline Block unpack(const Raw& r) {
-    return {low_nibbles(r.q), high_nibbles(r.q), gpu::half_to_float(r.d)};
-  }
+  static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, -8 * x.sum);
-    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero - 8 * x.sum);
+    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_nibbles(q + half * 256);
@@ -103,7 +105,7 @@ struct FormatQ4_1 {
   static constexpr DType kType = DType::Q4_1;
   static constexpr int kQuantBytes = kTile * 16, kHalves = 2;
   struct Block {
-    uint4 lo, hi;
+    uint4 q;
     float d, m;
   };
   struct Raw {
@@ -114,12 +116,12 @@ struct FormatQ4_1 {
     return {gpu::load_once(q + row * 16), reinterpret_cast<const uint32_t*>(s)[row]};
   }
   static __device__ inline Block unpack(const Raw& r) {
-    return {low_nibbles(r.q), high_nibbles(r.q), gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
+    return {r.q, gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
             gpu::half_to_float(static_cast<uint16_t>(r.dm >> 16))};
   }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, 0);
-    acc = fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero);
+    acc = fmaf(gpu::mma_value(dot), b.d * x.d, acc);
     return fmaf(static_cast<float>(x.sum), b.m * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
@@ -144,8 +146,8 @@ struct FormatQ8_0 {
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, 0);
-    return fmaf(static_cast<float>(dot), b.d * x.d, acc);
+    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, gpu::kMmaZero);
+    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_bytes(q + half * 256, q + kTile * 16 + half * 256);

@@ -65,18 +65,24 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   }
   int buffer = 0;
   for (int tile = first; tile < list.tiles; tile += step) {
-    tile_segment<F, MaxRows, false>(stream, x, [](int r) { return r; }, in.rows, partial[buffer][wave]);
-    __syncthreads();
     int o = 0;
     while (tile >= list.first_tile[o + 1]) ++o;
     const TiledOut& out = list.out[o];
     const int64_t n = static_cast<int64_t>(tile - list.first_tile[o]) * kTile + gpu::lane();
-    for (int r = wave; r < in.rows; r += kSegments) {
+    float before[(MaxRows + kSegments - 1) / kSegments] = {};  // what is added to, read while the products are made
+#pragma unroll
+    for (int i = 0; add && i * kSegments < MaxRows; ++i) {
+      const int r = wave + i * kSegments;
+      if (r < in.rows && n < out.w.n_out) before[i] = out.y[r * out.w.n_out + n];
+    }
+    tile_segment<F, MaxRows, false>(stream, x, [](int r) { return r; }, in.rows, partial[buffer][wave]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i * kSegments < MaxRows; ++i) {
+      const int r = wave + i * kSegments;
+      if (r >= in.rows) break;
       const float v = add_segments<MaxRows>(partial[buffer], segment_count(groups), r, gpu::lane());
-      if (n < out.w.n_out) {
-        float* y = out.y + r * out.w.n_out + n;
-        *y = add ? *y + v : v;
-      }
+      if (n < out.w.n_out) out.y[r * out.w.n_out + n] = add ? before[i] + v : v;
     }
     if (kBuffers == 1) __syncthreads();
     buffer = kBuffers - 1 - buffer;

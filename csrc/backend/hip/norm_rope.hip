@@ -215,8 +215,8 @@ bool rotates_by_quads(const QkvPost& p) {
 }
 
 bool attention_can_take_in(const QkvPost& p, int rows) {
-  return gpu::kTakeIn && rows == 1 && rotates_by_quads(p) &&
-         (p.norm == QkNorm::per_head || static_cast<int64_t>(p.n_head) * p.head_dim <= kVectorMost);
+  return gpu::kTakeIn && rows == 1 && p.norm == QkNorm::whole && p.head_dim == 128 && rotates_by_quads(p) &&
+         p.n_head * p.head_dim <= kTakeInMost && p.n_head_kv * p.head_dim <= 1024;
 }
 
 void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, float eps, int rows, int64_t n, float* y,

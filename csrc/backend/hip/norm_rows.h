@@ -50,10 +50,15 @@ class NormRow {
     if (in_.norm != nullptr) {
       float part[kParts];
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) part[i] = gpu::wave_sum(sum_of_squares(v[i]));
+      for (int i = 0; i < kParts; ++i) part[i] = sum_of_squares(v[i]);
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        if (gpu::lane() == i) sums[i * kWaves + gpu::wave()] = part[i];
+      for (int m = gpu::kWave / 2; m > 0; m >>= 1) {  // as wave_sum, side by side
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) part[i] += gpu::shuffle_xor(part[i], m);
+      }
+      if (gpu::lane() == 0) {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) sums[i * kWaves + gpu::wave()] = part[i];
       }
       __syncthreads();
       const float inverse = 1.0f / sqrtf(gpu::wave_sum(sums[gpu::lane()]) / static_cast<float>(n_) + in_.eps);
@@ -63,6 +68,7 @@ class NormRow {
     GroupScale* scales = reinterpret_cast<GroupScale*>(out + n_);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
+      if (at(i) - 4 * gpu::lane() >= n_) break;  // the whole wave is past the end
       quantize_quad(v[i], reinterpret_cast<int8_t*>(out) + (at(i) & ~31), scales + at(i) / 32, at(i) < n_);
     }
     __syncthreads();

@@ -9,29 +9,40 @@ namespace dflash::hip {
 inline constexpr int kNormThreads = 1024;  // at most, of a block that normalises a row
 inline constexpr int kHeld = 4;            // float4 a thread of it holds
 
-// Elements dim .. dim + 3; every lane of a group of 32 takes part, `inside` says whose head exists.
-__device__ inline void store_kv_quad(const KvLayer& kv, void* base, int head, int64_t pos, int dim, const float4& v,
-                                     bool inside) {
+inline constexpr int kTakeInMost = 8192;  // elements of q that attention normalises itself
+
+// Elements dim .. dim + 3; every lane of a group of 32 takes part, `inside` says whose head exists. Returns what the
+// cache now holds.
+__device__ inline float4 store_kv_quad(const KvLayer& kv, void* base, int head, int64_t pos, int dim, const float4& v,
+                                       bool inside) {
   const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;
   if (kv.type == DType::F32) {
     if (inside) *reinterpret_cast<float4*>(static_cast<float*>(base) + at) = v;
-  } else if (kv.type == DType::F16) {
-    const uint32_t a = gpu::float_to_half(v.x) | static_cast<uint32_t>(gpu::float_to_half(v.y)) << 16;
-    const uint32_t b = gpu::float_to_half(v.z) | static_cast<uint32_t>(gpu::float_to_half(v.w)) << 16;
+    return v;
+  }
+  if (kv.type == DType::F16) {
+    const uint16_t h[4] = {gpu::float_to_half(v.x), gpu::float_to_half(v.y), gpu::float_to_half(v.z),
+                           gpu::float_to_half(v.w)};
+    const uint32_t a = h[0] | static_cast<uint32_t>(h[1]) << 16, b = h[2] | static_cast<uint32_t>(h[3]) << 16;
     if (inside) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + at) = make_uint2(a, b);
-  } else {
-    float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
-    const uint16_t d = gpu::float_to_half(largest / 127.0f);
-    const float inverse = gpu::half_to_float(d) > 0.0f ? 1.0f / gpu::half_to_float(d) : 0.0f;
-    if (!inside) return;
+    return make_float4(gpu::half_to_float(h[0]), gpu::half_to_float(h[1]), gpu::half_to_float(h[2]),
+                       gpu::half_to_float(h[3]));
+  }
+  float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+  for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
+  const uint16_t half = gpu::float_to_half(largest / 127.0f);
+  const float d = gpu::half_to_float(half), inverse = d > 0.0f ? 1.0f / d : 0.0f;
+  const int x = quantize_one(v.x, inverse), y = quantize_one(v.y, inverse), z = quantize_one(v.z, inverse),
+            w = quantize_one(v.w, inverse);
+  if (inside) {
     const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
     int8_t* q = static_cast<int8_t*>(base) + head * head_bytes;
     uint16_t* scale = reinterpret_cast<uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim);
-    *reinterpret_cast<uint32_t*>(q + pos * kv.head_dim + dim) = pack_bytes(
-        quantize_one(v.x, inverse), quantize_one(v.y, inverse), quantize_one(v.z, inverse), quantize_one(v.w, inverse));
-    if (dim % 32 == 0) scale[(pos * kv.head_dim + dim) / 32] = d;
+    *reinterpret_cast<uint32_t*>(q + pos * kv.head_dim + dim) = pack_bytes(x, y, z, w);
+    if (dim % 32 == 0) scale[(pos * kv.head_dim + dim) / 32] = half;
   }
+  return make_float4(static_cast<float>(x) * d, static_cast<float>(y) * d, static_cast<float>(z) * d,
+                     static_cast<float>(w) * d);
 }
 
 // cos and sin of pair i's angle, scaled.
