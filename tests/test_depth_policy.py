@@ -86,8 +86,7 @@ def test_it_comes_back_when_the_text_changes() -> None:
 
 
 def test_a_drafter_far_from_paying_sleeps_between_probes() -> None:
-    policy = _core.DepthPolicy(list(moe(0.75)), 0.4)
-    run = simulate([(Text(ACCEPTANCE["poor"]), 800)], moe(0.75), 0.4, seed=1, policy=policy)
+    run = simulate([(Text(ACCEPTANCE["none"]), 1200)], moe(0.75), 0.4, seed=1)
     asleep, drafted = np.array(run.asleep), np.array(run.drafted) > 0
     assert asleep[400:].mean() > 0.4
     for probe in np.flatnonzero(drafted):
@@ -131,10 +130,13 @@ def test_an_outlier_at_the_first_look_does_not_park_for_good() -> None:
 
 
 def test_a_drafter_that_cannot_pay_is_looked_at_without_a_wider_pass() -> None:
-    run = simulate([(Text(ACCEPTANCE["poor"]), 1200)], VERIFY["rows"], 0.4, seed=1)
-    late = np.array(run.drafted[400:]) > 0
-    assert 3 <= late.sum() <= 15
-    assert (np.array(run.depth[400:])[late] > 0).mean() < 0.5
+    verified = []
+    for seed in range(3):
+        run = simulate([(Text(ACCEPTANCE["none"]), 1200)], VERIFY["rows"], 0.4, seed=seed)
+        late = np.array(run.drafted[400:]) > 0
+        assert 3 <= late.sum() <= 15
+        verified += list(np.array(run.depth[400:])[late] > 0)
+    assert np.mean(verified) < 0.4
 
 
 def test_a_drafter_dearer_than_the_target_costs_little() -> None:
