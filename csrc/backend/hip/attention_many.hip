@@ -16,7 +16,7 @@ namespace {
 constexpr int kFlashWaves = 4;
 constexpr int kFlashThreads = kFlashWaves * gpu::kWave;
 constexpr int kFlashQueries = kFlashWaves * 16;
-constexpr int kFlashKeys = gpu::kFlashKeys, kKeyPieces = kFlashKeys / 8;
+constexpr int kFlashKeys = gpu::kFlashKeys;
 
 struct FlashArgs {
   Attention a;
@@ -62,12 +62,6 @@ struct OctetReader {
   }
 };
 
-// Half i of a beside half i of b.
-__device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
-  const uint32_t x = i < 2 ? a.x : i < 4 ? a.y : i < 6 ? a.z : a.w, y = i < 2 ? b.x : i < 4 ? b.y : i < 6 ? b.z : b.w;
-  return __byte_perm(x, y, i % 2 == 0 ? 0x5410 : 0x7632);
-}
-
 // Keys and values of a tile in shared memory, and the two products with them.
 //
 // For instructions of one wave: keys as [key][octet of dims, turned], values transposed, [dim][octet of keys in
@@ -75,15 +69,15 @@ __device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
 template <DType T, int HeadDim>
 class TurnedTile {
  public:
-  static constexpr int kBytes = kFlashKeys * HeadDim * 2;
+  static constexpr int kBytes = 2 * kFlashKeys * HeadDim * 2;
 
-  __device__ inline TurnedTile(const KvLayer& kv, int kv_head, uint8_t* keys, uint8_t* values)
+  __device__ inline TurnedTile(const KvLayer& kv, int kv_head, uint8_t* memory)
       : octet_(static_cast<int>(threadIdx.x) % kOctets),
         row_(static_cast<int>(threadIdx.x) / kOctets),
         key_reader_(kv, kv.k, kv_head, octet_ * 8),
         value_reader_(kv, kv.v, kv_head, octet_ * 8),
-        keys_(keys),
-        values_(values) {}
+        keys_(memory),
+        values_(memory + kBytes / 2) {}
 
   template <typename At>
   static __device__ inline gpu::FlashOperand queries(int d, At at) {
@@ -99,8 +93,7 @@ class TurnedTile {
 
   // s = the queries times the keys of the tile from key0 on.
   template <int Dims>
-  __device__ inline void scores(const gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0,
-                                int end) {
+  __device__ inline void scores(gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0, int end) {
     load(key0, end);
     // In both products a result is not touched twice in a row: its sum takes a while.
 #pragma unroll
@@ -159,7 +152,14 @@ class TurnedTile {
   }
 
  private:
-  static constexpr int kOctets = HeadDim / 8;
+  [[maybe_unused]] static constexpr int kOctets = HeadDim / 8;
+  [[maybe_unused]] static constexpr int kKeyPieces = kFlashKeys / 8;
+
+  // Half i of a beside half i of b.
+  static __device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
+    const uint32_t x = i < 2 ? a.x : i < 4 ? a.y : i < 6 ? a.z : a.w, y = i < 2 ? b.x : i < 4 ? b.y : i < 6 ? b.z : b.w;
+    return __byte_perm(x, y, i % 2 == 0 ? 0x5410 : 0x7632);
+  }
 
   __device__ inline void load(int key0, int end) {
     auto safe = [&](int key) { return min(key0 + key, end - 1); };
@@ -200,21 +200,21 @@ class TurnedTile {
   uint8_t *keys_, *values_;
 };
 
-// For instructions of the whole block (Hopper): both as [octet of dims][key][16 bytes], copied while the other is
+// For instructions of the whole block (Hopper, head_dim 128): two tiles in shared memory, one copied while the other is
 // worked on.
 template <DType T, int HeadDim>
 class WideTile {
  public:
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kBytes = HeadDim / 8 * gpu::kFlashPlane;
+  static constexpr int kSide = kFlashKeys * HeadDim * 2, kBytes = 4 * kSide;
 
-  __device__ inline WideTile(const KvLayer& kv, int kv_head, uint8_t* keys, uint8_t* values)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __device__ inline WideTile(const KvLayer& kv, int kv_head, uint8_t* memory)
       : octet_(static_cast<int>(threadIdx.x) % kOctets),
         row_(static_cast<int>(threadIdx.x) / kOctets),
         key_reader_(kv, kv.k, kv_head, octet_ * 8),
         value_reader_(kv, kv.v, kv_head, octet_ * 8),
-        keys_(keys),
-        values_(values) {}
+        now_(memory),
+        other_(memory + 2 * kSide) {}
 
   template <typename At>
   static __device__ inline gpu::FlashOperand queries(int d, At at) {
@@ -225,76 +225,74 @@ class WideTile {
     return {{gpu::flash_wide_queries(d * 32, pair), gpu::flash_wide_queries(d * 32 + 16, pair)}};
   }
 
-  __device__ inline void begin(int key0, int end) {
-    copy(key_reader_, keys_, key0, end);
-    copy(value_reader_, values_, key0, end);
-  }
+  __device__ inline void begin(int key0, int end) { copy(other_, key0, end); }
 
   template <int Dims>
-  __device__ inline void scores(const gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0,
-                                int end) {
-    arrived();
+  __device__ inline void scores(gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0, int end) {
+    // The fence waits for a thread's copies, so it comes while none are under way.
+    gpu::copy_wait<0>();
+    gpu::products_see_copies();
+    __syncthreads();  // the tile is there, and the one before has been read
+    uint8_t* before = now_;
+    now_ = other_;
+    other_ = before;
+    copy(other_, key0 + kFlashKeys, end);
 #pragma unroll
     for (int j = 0; j < kFlashKeys / 16; ++j) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
     }
-    gpu::flash_wide_scores(s, q, keys_);
-    __syncthreads();
-    copy(key_reader_, keys_, key0 + kFlashKeys, end);
+    gpu::flash_wide_scores(s, q, now_);
   }
 
-  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int key0,
-                                    int end) {
+  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int, int) {
     gpu::FlashWords w[kFlashKeys / 16];
 #pragma unroll
     for (int j = 0; j < kFlashKeys / 16; ++j) w[j] = gpu::flash_weights(s[j]);
-    arrived();
-    gpu::flash_wide_values<HeadDim>(o, w, values_);
-    __syncthreads();
-    copy(value_reader_, values_, key0 + kFlashKeys, end);
+    gpu::flash_wide_values<HeadDim>(o, w, now_ + kSide);
   }
 
  private:
-  static constexpr int kOctets = HeadDim / 8, kKeyRows = kFlashThreads / kOctets;
+  [[maybe_unused]] static constexpr int kOctets = HeadDim / 8, kKeyRows = kFlashThreads / kOctets;
+  [[maybe_unused]] static constexpr int kRows = kFlashKeys / kKeyRows;
+  static_assert(kKeyRows % 8 == 0);
 
-  // The tile from key0 on, as one batch; past the last key that one again.
-  __device__ inline void copy(const OctetReader<T, HeadDim>& reader, uint8_t* to, int key0, int end) {
+  // Keys and values of the tile from key0 on; past the last key that one again.
+  __device__ inline void copy(uint8_t* to, int key0, int end) {
     if (key0 < end) {
-      constexpr int kBatch = 4;
-#pragma unroll
-      for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kBatch) {
-        uint4 v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch && i0 + i < kFlashKeys / kKeyRows; ++i) {
-          const int key = (i0 + i) * kKeyRows + row_, from = min(key0 + key, end - 1);
-          if constexpr (T == DType::F16) {
-            gpu::copy_begin<16>(to + octet_ * gpu::kFlashPlane + key * 16, reader.at(from));
-          } else {
-            v[i] = reader.load(from);
-          }
-        }
-        if constexpr (T != DType::F16) {
-#pragma unroll
-          for (int i = 0; i < kBatch && i0 + i < kFlashKeys / kKeyRows; ++i) {
-            *reinterpret_cast<uint4*>(to + octet_ * gpu::kFlashPlane + ((i0 + i) * kKeyRows + row_) * 16) = v[i];
-          }
-        }
-      }
+      copy_side(key_reader_, to, key0, end);
+      copy_side(value_reader_, to + kSide, key0, end);
     }
     gpu::copy_commit();
   }
 
-  // The older of two batches is there, for all.
-  __device__ inline void arrived() {
-    gpu::copy_wait<1>();
-    gpu::products_see_copies();
-    __syncthreads();
+  __device__ inline void copy_side(const OctetReader<T, HeadDim>& reader, uint8_t* to, int key0, int end) {
+    uint8_t* at = to + gpu::flash_wide_at(octet_, row_);
+    if constexpr (T == DType::F16) {
+      if (key0 + kFlashKeys <= end) {
+        const uint8_t* from = reader.at(key0 + row_);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          gpu::copy_begin<16>(at + i * kKeyRows * gpu::kHalfTurn, from + i * kKeyRows * HeadDim * 2);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          gpu::copy_begin<16>(at + i * kKeyRows * gpu::kHalfTurn, reader.at(min(key0 + row_ + i * kKeyRows, end - 1)));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        *reinterpret_cast<uint4*>(at + i * kKeyRows * gpu::kHalfTurn) =
+            reader.load(min(key0 + row_ + i * kKeyRows, end - 1));
+      }
+    }
   }
 
   int octet_, row_;
   OctetReader<T, HeadDim> key_reader_, value_reader_;
-  uint8_t *keys_, *values_;
+  uint8_t *now_, *other_;
 #endif
 };
 
@@ -302,8 +300,8 @@ class WideTile {
 template <DType T, int Dims>
 __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_many_kernel(FlashArgs p) {
   constexpr int kHeadDim = Dims * 32;
-  using Tile = std::conditional_t<gpu::kFlashWide, WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
-  alignas(128) __shared__ uint8_t keys[Tile::kBytes], values[Tile::kBytes];
+  using Tile = std::conditional_t<gpu::kFlashWide && kHeadDim == 128, WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
+  DFLASH_STAGES(memory, Tile::kBytes);
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv, n_queries = p.rows * group;
   const int kv_head = static_cast<int>(blockIdx.x);
@@ -344,7 +342,7 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
     for (int i = 0; i < 8; ++i) o[d][i] = 0.0f;
   }
 
-  Tile tile(p.kv, kv_head, keys, values);
+  Tile tile(p.kv, kv_head, memory);
   tile.begin(begin, end);
   for (int key0 = begin; key0 < end; key0 += kFlashKeys) {
     float s[kFlashKeys / 16][8];
@@ -424,10 +422,18 @@ void attention_many(gpu::Stream s, const FlashArgs& args) {
   const int n_queries = args.rows * (args.a.n_head / args.a.n_head_kv);
   const dim3 grid(static_cast<unsigned>(args.a.n_head_kv),
                   static_cast<unsigned>((n_queries + kFlashQueries - 1) / kFlashQueries));
-  const auto kernel = args.a.head_dim == 128  ? attention_many_kernel<T, 4>
-                      : args.a.head_dim == 64 ? attention_many_kernel<T, 2>
-                                              : attention_many_kernel<T, 1>;
-  gpu::launch(s, grid, kFlashThreads, kernel, args);
+  auto launch = [&](auto dims) {
+    constexpr int kDims = decltype(dims)::value;
+    constexpr int kWide = WideTile<T, kDims * 32>::kBytes, kTurned = TurnedTile<T, kDims * 32>::kBytes;
+    gpu::launch_stages(s, grid, kFlashThreads, kDims == 4 ? kWide : kTurned, attention_many_kernel<T, kDims>, args);
+  };
+  if (args.a.head_dim == 128) {
+    launch(std::integral_constant<int, 4>{});
+  } else if (args.a.head_dim == 64) {
+    launch(std::integral_constant<int, 2>{});
+  } else {
+    launch(std::integral_constant<int, 1>{});
+  }
 }
 
 }  // namespace

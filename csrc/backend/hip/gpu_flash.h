@@ -163,15 +163,23 @@ __device__ inline void flash_mma(float (&c)[8], const FlashWords& q, const Flash
 #endif
 }
 
-// ---- the two products on wgmma (Hopper): a block's four waves together, their keys and values as [octet of dimensions,
-// kFlashPlane bytes apart][key][16 bytes] in shared memory, queries and weights in registers ----
-#if defined(DFLASH_NEVER)
+// ---- the two products on wgmma (Hopper): a block's four waves together, their keys and values as [half of 64
+// dimensions][key][8 turned pieces of 16 bytes] in shared memory aligned to 1024 bytes, queries and weights in
+// registers
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline constexpr bool kFlashWide = true;
 #else
 inline constexpr bool kFlashWide = false;
 #endif
-inline constexpr int kFlashPlane = kFlashKeys * 16 + 16;
 
+#if defined(DFLASH_GPU_CUDA)
+
+inline constexpr int kFlashHalf = kFlashKeys * kHalfTurn;
+__device__ inline int flash_wide_at(int octet, int key) {
+  return octet / 8 * kFlashHalf + key * kHalfTurn + half_turned(octet % 8, key) * 16;
+}
+
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A wave's 16 queries: pair(query, dim) packs dimensions dim and dim + 1.
@@ -182,34 +190,44 @@ __device__ inline FlashWords flash_wide_queries(int dim, Pair pair) {
   return f;
 }
 
+// As products_hold().
+__device__ inline void flash_hold(FlashWords& w) {
+  asm volatile("" : "+r"(w.w[0]), "+r"(w.w[1]), "+r"(w.w[2]), "+r"(w.w[3]));
+}
+
 // s = the queries times a tile's keys.
 template <int Dims>
-__device__ inline void flash_wide_scores(float (&s)[kFlashKeys / 16][8], const FlashOperand (&q)[Dims],
-                                         const uint8_t* keys) {
-  auto& sums = reinterpret_cast<float(&)[kFlashKeys / 8][4]>(s);
+__device__ inline void flash_wide_scores(float (&s)[kFlashKeys / 16][8], FlashOperand (&q)[Dims], const uint8_t* keys) {
+  auto& sums = reinterpret_cast<float (&)[kFlashKeys / 8][4]>(s);
   products_begin();
 #pragma unroll
   for (int k = 0; k < Dims * 2; ++k) {
     wgmma<true, kFlashKeys / 8>(sums, __builtin_bit_cast(HalfWeightWords, q[k / 2].k[k % 2]),
-                                wgmma_matrix(keys + k * 2 * kFlashPlane, kFlashPlane, 128));
+                                wgmma_turned(keys + k / 4 * kFlashHalf + k % 4 * 32, 16));
   }
   products_end();
   products_wait<0>();
+  products_hold(sums);
+#pragma unroll
+  for (int k = 0; k < Dims * 2; ++k) flash_hold(q[k / 2].k[k % 2]);
 }
 
 // o += the weights times a tile's values.
 template <int HeadDim>
-__device__ inline void flash_wide_values(float (&o)[HeadDim / 16][8], const FlashWords (&w)[kFlashKeys / 16],
+__device__ inline void flash_wide_values(float (&o)[HeadDim / 16][8], FlashWords (&w)[kFlashKeys / 16],
                                          const uint8_t* values) {
-  auto& sums = reinterpret_cast<float(&)[HeadDim / 8][4]>(o);
+  auto& sums = reinterpret_cast<float (&)[HeadDim / 8][4]>(o);
   products_begin();
 #pragma unroll
   for (int k = 0; k < kFlashKeys / 16; ++k) {
     wgmma<true, HeadDim / 8, true>(sums, __builtin_bit_cast(HalfWeightWords, w[k]),
-                                   wgmma_matrix(values + k * 256, 128, kFlashPlane));
+                                   wgmma_turned(values + k * 16 * kHalfTurn, kFlashHalf));
   }
   products_end();
   products_wait<0>();
+  products_hold(sums);
+#pragma unroll
+  for (int k = 0; k < kFlashKeys / 16; ++k) flash_hold(w[k]);
 }
 
 #endif

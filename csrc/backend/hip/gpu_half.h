@@ -77,9 +77,7 @@ inline int shared_most() {
 // ---- a ring of stages between the waves that copy and the waves that multiply (NVIDIA) ------------------------------
 #if defined(DFLASH_GPU_CUDA)
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // A barrier in shared memory completes a phase whenever `count` arrivals have come.
 __device__ inline void barrier_init(uint64_t* b, int count) {
@@ -387,11 +385,12 @@ __device__ inline int half_turned(int piece, int token) { return piece ^ (token 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A matrix in shared memory made of blocks of 8 rows of 16 bytes, by the bytes from block to block along a row
-// (`leading`) and down the rows; of a transposed one, the other way round.
-__device__ inline uint64_t wgmma_matrix(const uint8_t* p, int leading, int stride) {
+// A matrix in shared memory whose rows are 128 turned bytes; `across`: bytes to the columns past those, where there
+// are.
+__device__ inline uint64_t wgmma_turned(const uint8_t* p, int across) {
   const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  return (at & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+  return (at & 0x3ffff) >> 4 | static_cast<uint64_t>(across >> 4) << 16 | uint64_t{kHalfTurn * 8 >> 4} << 32 |
+         uint64_t{1} << 62;
 }
 
 #define DFLASH_D4(b) "+f"(d[b][0]), "+f"(d[b][1]), "+f"(d[b][2]), "+f"(d[b][3])
@@ -415,22 +414,24 @@ template <bool F16Type, int Blocks, bool Transposed = false, int Most>
 __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint64_t x) {
   static_assert(Blocks == 2 || Blocks == 4 || Blocks == 6 || Blocks == 8 || Blocks == 10 || Blocks == 12 ||
                 Blocks == 16);
-#define DFLASH_WGMMA_OF(type)                                                                                   \
-  if constexpr (Blocks == 2) {                                                                                  \
-    DFLASH_WGMMA(16, type, DFLASH_R16, "{%8,%9,%10,%11}", "%12, 1, 1, 1, %13;", DFLASH_D4(0), DFLASH_D4(1));                   \
-  } else if constexpr (Blocks == 4) {                                                                           \
-    DFLASH_WGMMA(32, type, DFLASH_R32, "{%16,%17,%18,%19}", "%20, 1, 1, 1, %21;", DFLASH_D32);                                 \
-  } else if constexpr (Blocks == 6) {                                                                           \
-    DFLASH_WGMMA(48, type, DFLASH_R48, "{%24,%25,%26,%27}", "%28, 1, 1, 1, %29;", DFLASH_D32, DFLASH_D4(4), DFLASH_D4(5));     \
-  } else if constexpr (Blocks == 8) {                                                                           \
-    DFLASH_WGMMA(64, type, DFLASH_R64, "{%32,%33,%34,%35}", "%36, 1, 1, 1, %37;", DFLASH_D64);                                 \
-  } else if constexpr (Blocks == 10) {                                                                          \
-    DFLASH_WGMMA(80, type, DFLASH_R80, "{%40,%41,%42,%43}", "%44, 1, 1, 1, %45;", DFLASH_D64, DFLASH_D4(8), DFLASH_D4(9));     \
-  } else if constexpr (Blocks == 12) {                                                                          \
-    DFLASH_WGMMA(96, type, DFLASH_R96, "{%48,%49,%50,%51}", "%52, 1, 1, 1, %53;", DFLASH_D96);                                 \
-  } else {                                                                                                      \
-    DFLASH_WGMMA(128, type, DFLASH_R128, "{%64,%65,%66,%67}", "%68, 1, 1, 1, %69;", DFLASH_D96, DFLASH_D4(12), DFLASH_D4(13),  \
-                 DFLASH_D4(14), DFLASH_D4(15));                                                                 \
+#define DFLASH_WGMMA_OF(type)                                                                                  \
+  if constexpr (Blocks == 2) {                                                                                 \
+    DFLASH_WGMMA(16, type, DFLASH_R16, "{%8,%9,%10,%11}", "%12, 1, 1, 1, %13;", DFLASH_D4(0), DFLASH_D4(1));   \
+  } else if constexpr (Blocks == 4) {                                                                          \
+    DFLASH_WGMMA(32, type, DFLASH_R32, "{%16,%17,%18,%19}", "%20, 1, 1, 1, %21;", DFLASH_D32);                 \
+  } else if constexpr (Blocks == 6) {                                                                          \
+    DFLASH_WGMMA(48, type, DFLASH_R48, "{%24,%25,%26,%27}", "%28, 1, 1, 1, %29;", DFLASH_D32, DFLASH_D4(4),    \
+                 DFLASH_D4(5));                                                                                \
+  } else if constexpr (Blocks == 8) {                                                                          \
+    DFLASH_WGMMA(64, type, DFLASH_R64, "{%32,%33,%34,%35}", "%36, 1, 1, 1, %37;", DFLASH_D64);                 \
+  } else if constexpr (Blocks == 10) {                                                                         \
+    DFLASH_WGMMA(80, type, DFLASH_R80, "{%40,%41,%42,%43}", "%44, 1, 1, 1, %45;", DFLASH_D64, DFLASH_D4(8),    \
+                 DFLASH_D4(9));                                                                                \
+  } else if constexpr (Blocks == 12) {                                                                         \
+    DFLASH_WGMMA(96, type, DFLASH_R96, "{%48,%49,%50,%51}", "%52, 1, 1, 1, %53;", DFLASH_D96);                 \
+  } else {                                                                                                     \
+    DFLASH_WGMMA(128, type, DFLASH_R128, "{%64,%65,%66,%67}", "%68, 1, 1, 1, %69;", DFLASH_D96, DFLASH_D4(12), \
+                 DFLASH_D4(13), DFLASH_D4(14), DFLASH_D4(15));                                                 \
   }
   if constexpr (F16Type) {
     DFLASH_WGMMA_OF("f16")
@@ -455,7 +456,7 @@ __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint
 template <typename N, int Blocks, int Runs, int Most>
 __device__ inline void half_step(float (&sum)[Runs][Most][kMmaAcc], const HalfWeightWords (&w)[Runs],
                                  const uint8_t* acts, int piece) {
-  const uint64_t x = wgmma_matrix(acts + piece * 16, 16, kHalfTurn * 8) | uint64_t{1} << 62;  // turned within 128 bytes
+  const uint64_t x = wgmma_turned(acts + piece * 16, 16);
 #pragma unroll
   for (int m = 0; m < Runs; ++m) wgmma<N::kF16, Blocks>(sum[m], w[m], x);
 }
@@ -468,7 +469,14 @@ __device__ inline void products_wait() {
 }
 // What was copied to shared memory becomes visible to the products.
 __device__ inline void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The weights of a product that may still run stay in their registers up to here.
+// Results are not read before, nor the registers of weights written: up to here a product may still run.
+template <int Blocks>
+__device__ inline void products_hold(float (&sum)[Blocks][kMmaAcc]) {
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) {
+    asm volatile("" : "+f"(sum[b][0]), "+f"(sum[b][1]), "+f"(sum[b][2]), "+f"(sum[b][3])::"memory");
+  }
+}
 template <int Runs>
 __device__ inline void products_hold(HalfWeightWords (&w)[Runs]) {
 #pragma unroll
@@ -533,6 +541,8 @@ __device__ inline void products_wait() {}
 __device__ inline void products_see_copies() {}
 template <int Runs>
 __device__ inline void products_hold(HalfWeightWords (&)[Runs]) {}
+template <int Blocks>
+__device__ inline void products_hold(float (&)[Blocks][kMmaAcc]) {}
 
 #endif
 

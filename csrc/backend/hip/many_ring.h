@@ -165,6 +165,8 @@ __device__ inline void multiply_blocks(Job& job, Ring& ring, float* out) {
     gpu::products_wait<0>();
     gpu::products_hold(w[0]);
     gpu::products_hold(w[1]);
+#pragma unroll
+    for (int m = 0; m < kRuns; ++m) gpu::products_hold(sum.v[0][m]);
   };
   Raw even[kRuns], odd[kRuns];
   const uint8_t* stage = wait();

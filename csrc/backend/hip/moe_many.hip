@@ -211,8 +211,8 @@ __global__ void __launch_bounds__(kManyThreads, 1) down_many_kernel(DownJob<F> j
 
 // Queues `kernel` for the jobs of all items.
 template <typename F, typename Job>
-void launch_experts(gpu::Stream s, void (*kernel)(Job, HalfRows, int), Job job, const Routing& r, int across, int groups,
-                    HalfRows x) {
+void launch_experts(gpu::Stream s, void (*kernel)(Job, HalfRows, int), Job job, const Routing& r, int across,
+                    int groups, HalfRows x) {
   job.r = r;
   job.across = across;
   job.groups = groups;
