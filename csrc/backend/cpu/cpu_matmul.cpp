@@ -10,7 +10,9 @@
 namespace dflash::cpu {
 namespace {
 
-constexpr int kRowBlock = 64;             // rows of a prefill tile: their int8 form fits the second-level cache
+constexpr int kRowBlock = 64;  // rows of a prefill tile: their int8 form fits the second-level cache
+constexpr size_t kLongPanel = 8 << 10;
+constexpr int kLongRows = 8;
 constexpr size_t kTileBytes = 256 << 10;  // weight bytes of a tile, at most about this
 
 }  // namespace
@@ -57,11 +59,13 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
   const int whole = static_cast<int>(std::min<int64_t>(n_panels, (w.n_out - first_row) / kPanel));
   const uint8_t* data = static_cast<const uint8_t*>(w.data);
 
+  // Long panels come from memory, which up to eight rows had better wait for once.
+  const int most = std::max(k_.panel_rows, bytes > kLongPanel && rows.count <= kLongRows ? kLongRows : 0);
   const ActBlock* a[kMaxRows];
   float* out[kMaxRows];
   const auto run = [&](const uint8_t* panels, int first, int count, const uint8_t* after, bool cached) {
     const int64_t valid = std::min<int64_t>(kPanel, w.n_out - first_row - first * kPanel);
-    const int passes = (rows.count + k_.panel_rows - 1) / k_.panel_rows;
+    const int passes = (rows.count + most - 1) / most;
     for (int r = 0, pass = 0; pass < passes; ++pass) {
       const int m = (rows.count - r) / (passes - pass);  // as even as can be
       float edge[kMaxRows][kPanel];

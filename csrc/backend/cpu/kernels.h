@@ -71,12 +71,12 @@ struct AttentionChunk {
 
 struct Kernels {
   const char* name;
-  int panel_rows;  // activation rows that panels() takes at a time; float_rows() and float_panels() take kMaxRows
+  int panel_rows;  // rows panels() had best take at a time (8 work); float_rows(), float_panels(): kMaxRows
 
   // y[i] of n elements in blocks of 32; n is a multiple of 32.
   void (*quantize)(const float* x, int64_t n, ActBlock* y);
-  // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations. next: the weights that will
-  // be read after these (null: what follows them), fetched towards the end. cached: these were read just now.
+  // y[r][16 p ...] for n_panels consecutive panels and m <= max(8, panel_rows) rows of activations. next: the weights
+  // that will be read after these (null: what follows them), fetched towards the end. cached: these were read just now.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
                  float* const* y, const uint8_t* next, bool cached);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
