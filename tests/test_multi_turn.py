@@ -107,7 +107,7 @@ def test_chat_turns_reuse_the_cache(engine: Engine) -> None:
 
 
 def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
-    # Imposed chances of nothing: the drafter is soon not told of the text. Later turns draft around what it missed.
+    # Imposed chances of nothing: the drafter is soon not told of the text. Later turns at depth "auto" draft around what it missed.
     prompt = list(prompts[2])
     session = engine.session
     session.begin(prompt, _core.SamplingParams(), max_tokens=400, lookup=False, simulate_accept=[0.0])
@@ -119,9 +119,13 @@ def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
     middle = session.tokens[: len(prompt) + 150]  # back into what it missed
     whole = [*session.tokens, *prompts[1][:30]]
     drafted = {}
-    for text in (whole, [*middle, 7, 8]):
-        g = drafted[tuple(text)] = engine.generate(text, max_tokens=40, depth=3, ignore_eos=True)
-        assert g.stats.cached_tokens >= len(text) - 31, "what was left out is not run again"
+    for depth, text in (("auto", whole), ("auto", [*middle, 7, 8]), (3, whole)):
+        g = engine.generate(text, max_tokens=40, depth=depth, ignore_eos=True)
+        drafted[tuple(text)] = g.tokens
+        if depth == "auto":
+            assert g.stats.cached_tokens >= len(text) - 31, "what was left out is not run again"
+    accepted = g.stats.accepted_per_slot  # a fixed depth drafts from all of the text
     engine.reset()
-    for text, g in drafted.items():
-        assert engine.generate(list(text), max_tokens=40, depth=0, ignore_eos=True).tokens == g.tokens
+    assert engine.generate(whole, max_tokens=40, depth=3, ignore_eos=True).stats.accepted_per_slot == accepted
+    for text, tokens in drafted.items():
+        assert engine.generate(list(text), max_tokens=40, depth=0, ignore_eos=True).tokens == tokens

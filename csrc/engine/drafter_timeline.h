@@ -16,6 +16,7 @@ class DrafterTimeline {
   int reach() const { return settled_ + pending_; }
   int cached() const { return settled_ - left_out_; }  // tokens in its cache: the position of the next one there
   int left_out() const { return left_out_; }
+  int whole() const { return gaps_.empty() ? reach() : gaps_.front().first; }  // nothing before it was left out
 
   void keep(int tokens) { pending_ += tokens; }  // their taps wait
   void take_in() {                               // all that wait are in the cache now
@@ -26,6 +27,7 @@ class DrafterTimeline {
   void leave_out(int tokens) {
     tokens += pending_;
     pending_ = 0;
+    if (tokens == 0) return;
     if (!gaps_.empty() && gaps_.back().first + gaps_.back().tokens == settled_) {
       gaps_.back().tokens += tokens;
     } else {

@@ -123,11 +123,14 @@ void Session::rewind(int pos) {
   drafter_.rewind(pos);
 }
 
-// Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline. taps: the drafter
-// will be asked, so positions whose taps were not taken (plain decoding by choice) are run again.
-void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most, bool taps) {
-  drafting_ = taps_ = taps && model_->drafter;
-  const size_t cached = static_cast<size_t>(drafting_ ? drafter_.reach() : pos_);
+// Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline. Positions whose
+// taps the drafter is owed are run again: those of plain decoding by choice, and what it slept through where all is
+// asked for.
+void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most, Drafting drafting) {
+  drafting_ = taps_ = model_->drafter && drafting != Drafting::none;
+  const size_t cached = static_cast<size_t>(!drafting_                       ? pos_
+                                            : drafting == Drafting::adaptive ? drafter_.reach()
+                                                                             : drafter_.whole());
   const size_t most = std::min({cached, tokens.size(), keep_at_most});
   size_t common = 0;
   while (common < most && tokens[common] == tokens_[common]) ++common;
@@ -156,7 +159,10 @@ int Session::begin(const std::vector<int32_t>& tokens, const GenerateParams& par
     fail("simulate_spread: 0 to 1 expected, found ", params.simulate_spread);
   }
   // The last token is run again: its logits are needed. Depth 0 is the target alone and owes the drafter nothing.
-  sync(tokens, tokens.size() - 1, params.depth != 0);
+  sync(tokens, tokens.size() - 1,
+       params.depth == 0  ? Drafting::none
+       : params.depth < 0 ? Drafting::adaptive
+                          : Drafting::whole);
   params_ = params;
   sampler_ = Sampler(params.sampling);
   prompt_tokens_ = static_cast<int>(tokens.size());
@@ -491,7 +497,7 @@ StepResult Session::step() {
 
 void Session::run_all(const std::vector<int32_t>& tokens) {
   check_tokens(tokens);
-  sync(tokens, tokens.size(), true);
+  sync(tokens, tokens.size(), Drafting::whole);
   prompt_tokens_ = static_cast<int>(tokens.size());
   while (pos_ < prompt_tokens_) {
     const int rows = std::min(options_.n_batch, prompt_tokens_ - pos_);
@@ -502,7 +508,7 @@ void Session::run_all(const std::vector<int32_t>& tokens) {
 
 std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
   check_tokens(tokens);
-  sync(tokens, 0, true);
+  sync(tokens, 0, Drafting::whole);
   prompt_tokens_ = static_cast<int>(tokens.size());
   const int64_t n_vocab = model_->target->config().n_vocab;
   std::vector<float> out(tokens.size() * static_cast<size_t>(n_vocab));
@@ -524,7 +530,7 @@ std::vector<float> Session::logits(const std::vector<int32_t>& tokens) {
 std::vector<float> Session::taps(const std::vector<int32_t>& tokens) {
   if (!model_->drafter) fail("taps: a drafter names the tapped layers; none was loaded");
   check_tokens(tokens);
-  sync(tokens, 0, true);
+  sync(tokens, 0, Drafting::whole);
   prompt_tokens_ = static_cast<int>(tokens.size());
   const size_t row = static_cast<size_t>(n_taps()) * static_cast<size_t>(model_->target->config().n_embd);
   std::vector<float> out(tokens.size() * row);

@@ -81,7 +81,9 @@ class Session {
   };
 
   void check_tokens(const std::vector<int32_t>& tokens) const;
-  void sync(const std::vector<int32_t>& tokens, size_t keep_at_most, bool taps);
+  // What a generation asks of the drafter: nothing, drafts where they pay, or drafts from all of the text.
+  enum class Drafting { none, adaptive, whole };
+  void sync(const std::vector<int32_t>& tokens, size_t keep_at_most, Drafting drafting);
   // Runs prompt tokens at pos_ .. through the target; their taps go straight to the pending rows.
   void forward_prompt(const int32_t* tokens, int rows);
   // Runs [anchor, drafts] through the target and its head, as a step the backend may record and replay.

@@ -347,6 +347,7 @@ void test_drafter_timeline() {
     CHECK(timeline.cached() == count(1));
     CHECK(timeline.pending() == count(2));
     CHECK(timeline.left_out() == count(0));
+    CHECK(timeline.whole() == static_cast<int>(std::find(naive.begin(), naive.end(), 0) - naive.begin()));
   }
   timeline.rewind(0);
   CHECK(timeline.reach() == 0 && timeline.left_out() == 0);

@@ -14,6 +14,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "check.h"
 #include "engine/session.h"
+#include "generate.h"
 
 using namespace dflash;
 
@@ -68,17 +69,7 @@ Ids generate(Session& s, const Ids& prompt, int depth) {
   GenerateParams p;
   p.max_tokens = 40;
   p.depth = depth;
-  s.rewind(0);
-  s.begin(prompt, p);
-  while (s.prefill() < static_cast<int>(prompt.size())) {
-  }
-  Ids out;
-  for (const char* stop = nullptr; stop == nullptr;) {
-    const StepResult r = s.step();
-    out.insert(out.end(), r.tokens.begin(), r.tokens.end());
-    stop = r.stop;
-  }
-  return out;
+  return test::generate(s, prompt, p);
 }
 
 // Two passes: one of at most 16 rows, one of more.

@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "../cpp/check.h"
+#include "../cpp/generate.h"
 #include "core/units.h"
 #include "engine/memory_need.h"
 #include "engine/session.h"
@@ -50,17 +51,7 @@ Ids generate(Session& s, const Ids& prompt, int n, int depth, const SamplingPara
   p.sampling = sampling;
   p.max_tokens = n;
   p.depth = depth;
-  s.rewind(0);
-  s.begin(prompt, p);
-  while (s.prefill() < static_cast<int>(prompt.size())) {
-  }
-  Ids out;
-  for (const char* stop = nullptr; stop == nullptr;) {
-    const StepResult r = s.step();
-    out.insert(out.end(), r.tokens.begin(), r.tokens.end());
-    stop = r.stop;
-  }
-  return out;
+  return test::generate(s, prompt, p);
 }
 
 double nmse(const std::vector<float>& a, const std::vector<float>& b) {
