@@ -73,8 +73,8 @@ bool experts_choose(int rows, DType type);
 // experts_choose(), the choice and the grouping. h [rows, n_embd] is written where it is given; it must be when
 // route_needs_hidden().
 bool route_needs_hidden(const Moe& m, int rows);
-// The choice and the grouping alone.
-void launch_choose(gpu::Stream s, const Moe& m, const float* logits, Routing r);
+// The choice and the grouping alone. logits [parts, rows, n_expert], to be added up
+void launch_choose(gpu::Stream s, const Moe& m, const float* logits, int parts, Routing r);
 void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r);
 // The one expert of a dense feed-forward: every row, weight 1.
 void launch_route_dense(gpu::Stream s, Routing r);
@@ -110,7 +110,8 @@ inline constexpr int kManyTokens = gpu::kHalfTokens;  // tokens of a block there
 // out = rms_norm(x, norm), or x where norm is null; y the same in f32 where it is given. n a multiple of 32
 void launch_norm_half(gpu::Stream s, const float* x, const float* norm, float eps, int rows, float* y, HalfRows out);
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, HalfRows x, int rows, bool add);
-// As launch_route, launch_gate_up and launch_down; h is always written.
+// As launch_route, launch_gate_up and launch_down; h is always written. logits [kRouterParts, rows, n_expert]
+inline constexpr int kRouterParts = 4;
 void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, HalfRows hh, float* logits, Routing r);
 void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, HalfRows x,
                          const Routing& r, HalfRows act);
