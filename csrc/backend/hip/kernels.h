@@ -26,8 +26,11 @@ void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, floa
 unsigned norm_threads(int64_t n);  // of a block of norm_quantize and qkv_post
 // Whether a rotation's other half is in the same wave when a lane has four elements.
 bool rotates_by_quads(const QkvPost& p);
+// Whether a block takes q, k and v of a row: only then half_q may be given, for attention_many: q becomes f16, each row
+// at the beginning of its f32 place.
+bool qkv_post_by_rows(const QkvPost& p, int rows);
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
-                     const KvLayer& kv);
+                     const KvLayer& kv, bool half_q = false);
 
 // ---- matmul.hip
 // ------------------------------------------------------------------------------------------------------- outs[i].y
@@ -119,8 +122,8 @@ void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRo
                       float* x);
 // Whether attention_many.hip serves these rows: more than kFewRows over an f16 or q8_0 cache, head_dim 32, 64 or 128.
 bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv);
-// out [rows, n_head * head_dim] and the same as 16-bit rows.
-void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q,
+// out [rows, n_head * head_dim] and the same as 16-bit rows. half_q: q as launch_qkv_post leaves it so.
+void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q, bool half_q,
                            const KvLayer& kv, float* out, HalfRows half);
 
 // ---- attention.hip

@@ -181,19 +181,31 @@ __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
   if (threadIdx.x == 0) *r.n_items = n;
 }
 
-// x[row] += its experts. Grid (columns / threads, rows).
+// x[row] += its experts, V elements a thread. Grid (columns / (V threads), rows).
+template <int V>
 __global__ void __launch_bounds__(kThreads)
     add_experts_kernel(Routing r, const float* __restrict__ y, int64_t n_embd, float* x) {
+  struct alignas(V * sizeof(float)) Vector {
+    float e[V];
+  };
   gpu::wait_for_previous();
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t row = blockIdx.y;
   if (n >= n_embd) return;
-  float sum = 0.0f;
+  Vector sum = {};
+#pragma unroll 8
   for (int slot = 0; slot < r.top_k; ++slot) {
     const int64_t pair = row * r.top_k + slot;
-    sum = fmaf(r.weights[pair], y[pair * n_embd + n], sum);
+    const float weight = r.weights[pair];
+    const Vector v = *reinterpret_cast<const Vector*>(y + pair * n_embd + n);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum.e[i] = fmaf(weight, v.e[i], sum.e[i]);
   }
-  x[row * n_embd + n] += sum;
+  Vector& to = *reinterpret_cast<Vector*>(x + row * n_embd + n);
+  Vector all = to;
+#pragma unroll
+  for (int i = 0; i < V; ++i) all.e[i] += sum.e[i];
+  to = all;
 }
 
 unsigned u(int64_t n) { return static_cast<unsigned>(n); }
@@ -239,8 +251,9 @@ bool route_needs_hidden(const Moe& m, int rows) {
 void launch_route_dense(gpu::Stream s, Routing r) { gpu::launch(s, dim3(1), kThreads, dense_routing_kernel, r); }
 
 void launch_add_experts(gpu::Stream s, const Routing& r, const float* y, int64_t n, float* x) {
-  const dim3 grid(u((n + kThreads - 1) / kThreads), u(r.rows));
-  gpu::launch(s, grid, kThreads, add_experts_kernel, r, y, n, x);
+  const int64_t v = n % 4 == 0 ? 4 : 1;
+  const dim3 grid(u((n / v + kThreads - 1) / kThreads), u(r.rows));
+  gpu::launch(s, grid, kThreads, v == 4 ? add_experts_kernel<4> : add_experts_kernel<1>, r, y, n, x);
 }
 
 }  // namespace dflash::hip

@@ -14,17 +14,18 @@ unsigned u(int64_t n) { return static_cast<unsigned>(n); }
 // ---- router
 // -------------------------------------------------------------------------------------------------------------
 
-constexpr int kRouterSide = 128, kRouterDepth = 32, kRouterThreads = 512;  // rows and outputs of a block
-constexpr int kRouterQuads = kRouterDepth / 4;                             // float4 of a row in a step
-constexpr int kRouterRuns = 2;                                  // of 16 rows and of 16 outputs a wave multiplies
-constexpr int kRouterWaves = kRouterSide / (16 * kRouterRuns);  // along either side
-static_assert(kRouterWaves * kRouterWaves * gpu::kWave == kRouterThreads);
+constexpr int kRouterRows = 64, kRouterOuts = 128;  // of a block; two blocks a multiprocessor overlap better than one
+constexpr int kRouterDepth = 32, kRouterQuads = kRouterDepth / 4;  // of a step, and float4 of a row in it
+constexpr int kRouterRuns = 2;                                     // of 16 rows and of 16 outputs a wave multiplies
+constexpr int kRouterAcross = kRouterOuts / (16 * kRouterRuns);    // waves beside each other
+constexpr int kRouterThreads = kRouterRows / (16 * kRouterRuns) * kRouterAcross * gpu::kWave;
 
 // A step of a block's rows or outputs as pairs of f16, whose sum is the f32 value to 2^-22: the high and the low one,
 // each [row][octet of the depth, turned]. Values are scaled so that low ones are no denormals where it matters.
+template <int Rows>
 struct RouterSide {
   static constexpr int kOctets = kRouterDepth / 8;
-  uint4 high[kRouterSide * kOctets], low[kRouterSide * kOctets];
+  uint4 high[Rows * kOctets], low[Rows * kOctets];
 
   static __device__ inline int at(int row, int octet) { return row * kOctets + gpu::flash_piece(octet, row, kOctets); }
 
@@ -46,44 +47,45 @@ struct RouterSide {
   }
 };
 struct RouterStage {
-  RouterSide h, w;
+  RouterSide<kRouterRows> h;
+  RouterSide<kRouterOuts> w;
 };
 constexpr size_t kRouterBytes = 2 * sizeof(RouterStage);
+// Rows are held up to 4094 and weights up to 255, far beyond what a norm and a router give.
 constexpr float kRouterRowScale = 16.0f, kRouterWeightScale = 256.0f;
 
 // logits [kRouterParts, rows, n_out], to be added: h [rows, n_in] * w [n_out, n_in], all f32; n_in a multiple of 4. A
-// block makes 128 rows by 128 outputs of one part of the depth, a wave 32 by 32: three products of f16 with sums in
-// f32, low times low is left out.  grid (outputs, rows, parts)
-__global__ void __launch_bounds__(kRouterThreads)
+// block makes 64 rows by 128 outputs of one part of the depth, a wave 32 by 32: three products of f16 with sums in f32,
+// low times low is left out.  grid (outputs, rows, parts)
+__global__ void __launch_bounds__(kRouterThreads, 2)
     router_kernel(const float* __restrict__ w, const float* __restrict__ h, int rows, int n_in, int n_out,
                   float* logits) {
   DFLASH_STAGES(memory, kRouterBytes);
   RouterStage* const stages = reinterpret_cast<RouterStage*>(memory);
   gpu::wait_for_previous();
   const int t = static_cast<int>(threadIdx.x);
-  const int row0 = static_cast<int>(blockIdx.y) * kRouterSide, out0 = static_cast<int>(blockIdx.x) * kRouterSide;
+  const int row0 = static_cast<int>(blockIdx.y) * kRouterRows, out0 = static_cast<int>(blockIdx.x) * kRouterOuts;
   const int steps = (n_in + kRouterDepth - 1) / kRouterDepth;
   const int depth = (steps + kRouterParts - 1) / kRouterParts * kRouterDepth;
   const int begin = static_cast<int>(blockIdx.z) * depth, end = min(n_in, begin + depth);
-  constexpr int kVectors = kRouterSide * kRouterQuads / kRouterThreads;
-  float4 hv[kVectors], wv[kVectors];
-  auto load = [&](const float* from, int first, int count, int k0, float4(&v)[kVectors]) {
+  float4 hv[kRouterRows * kRouterQuads / kRouterThreads], wv[kRouterOuts * kRouterQuads / kRouterThreads];
+  auto load = [&](const float* from, int first, int count, int k0, auto& v) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(float4)); ++i) {
       const int at = t + i * kRouterThreads, row = first + at / kRouterQuads, k = k0 + at % kRouterQuads * 4;
       v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (row < count && k < end) v[i] = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * n_in + k);
     }
   };
-  auto store = [&](RouterSide& side, const float4(&v)[kVectors], float scale) {
+  auto store = [&](auto& side, const auto& v, float scale) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(float4)); ++i) {
       const int at = t + i * kRouterThreads;
       side.put(at / kRouterQuads, at % kRouterQuads, v[i], scale);
     }
   };
-  const int rows_at = gpu::wave() / kRouterWaves * kRouterRuns * 16;
-  const int outs_at = gpu::wave() % kRouterWaves * kRouterRuns * 16;
+  const int rows_at = gpu::wave() / kRouterAcross * kRouterRuns * 16;
+  const int outs_at = gpu::wave() % kRouterAcross * kRouterRuns * 16;
   float acc[kRouterRuns][kRouterRuns][8] = {};
   load(h, row0, rows, begin, hv);
   load(w, out0, n_out, begin, wv);
@@ -99,13 +101,13 @@ __global__ void __launch_bounds__(kRouterThreads)
     gpu::FlashOperand high[kRouterRuns], low[kRouterRuns];
 #pragma unroll
     for (int r = 0; r < kRouterRuns; ++r) {
-      auto at = [&](int row, int octet) { return RouterSide::at(rows_at + r * 16 + row, octet); };
+      auto at = [&](int row, int octet) { return stage.h.at(rows_at + r * 16 + row, octet); };
       high[r] = gpu::flash_queries([&](int row, int octet) { return stage.h.high[at(row, octet)]; });
       low[r] = gpu::flash_queries([&](int row, int octet) { return stage.h.low[at(row, octet)]; });
     }
 #pragma unroll
     for (int o = 0; o < kRouterRuns; ++o) {
-      auto at = [&](int row, int octet) { return RouterSide::at(outs_at + o * 16 + row, octet); };
+      auto at = [&](int row, int octet) { return stage.w.at(outs_at + o * 16 + row, octet); };
       const gpu::FlashOperand whigh =
           gpu::flash_others([&](int row, int octet) { return stage.w.high[at(row, octet)]; });
       const gpu::FlashOperand wlow = gpu::flash_others([&](int row, int octet) { return stage.w.low[at(row, octet)]; });
@@ -255,7 +257,7 @@ void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, Ha
   int parts = 1;
   if (router.n_in % 4 == 0) {
     parts = kRouterParts;
-    const dim3 grid(u((router.n_out + kRouterSide - 1) / kRouterSide), u((r.rows + kRouterSide - 1) / kRouterSide),
+    const dim3 grid(u((router.n_out + kRouterOuts - 1) / kRouterOuts), u((r.rows + kRouterRows - 1) / kRouterRows),
                     kRouterParts);
     gpu::launch_stages(s, grid, kRouterThreads, kRouterBytes, router_kernel, static_cast<const float*>(router.data), h,
                        r.rows, static_cast<int>(router.n_in), static_cast<int>(router.n_out), logits);

@@ -1,6 +1,7 @@
 // RMSNorm with quantisation to int8 groups, and what follows the q, k, v projections: norm, RoPE, the KV store.
 
 #include "backend/hip/few_rows.h"
+#include "backend/hip/gpu_half.h"
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
 #include "backend/hip/rope.h"
@@ -169,12 +170,12 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 // The same for many rows: a block takes q, k and v of a row, one after the other in its threads' float4, so that no
-// thread is idle; a wave's float4 are all of one of them.
+// thread is idle; a wave's float4 are all of one of them. half_q: q's row becomes f16, at the row's beginning.
 constexpr int kRowThreads = 512;
 constexpr int64_t kRowMost = kRowThreads * kHeld * 4;  // elements of q, k and v
 
 __global__ void __launch_bounds__(kRowThreads, 2)
-    qkv_row_kernel(QkvPost p, Position pos0, float* q, const float* k, const float* v, KvLayer kv) {
+    qkv_row_kernel(QkvPost p, Position pos0, float* q, bool half_q, const float* k, const float* v, KvLayer kv) {
   __shared__ float2 lds[kRowThreads / gpu::kWave];
   __shared__ float2 turns[kMostPairs];
   const int64_t row = blockIdx.x;
@@ -230,7 +231,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       const float4 other = shuffle_quad(r, p.n_rot / 8);
       if (dim < p.n_rot) r = rotate_quad(p, dim, r, other, [&](int j) { return turns[j]; });
     }
-    if (part(i) == kPartQ) {
+    if (part(i) == kPartQ && half_q) {  // the block has read the whole row
+      uint16_t* const half = reinterpret_cast<uint16_t*>(q + row * n_q);
+      *reinterpret_cast<uint2*>(half + at(i)) = make_uint2(gpu::F16::pack(r.x, r.y), gpu::F16::pack(r.z, r.w));
+    } else if (part(i) == kPartQ) {
       *reinterpret_cast<float4*>(q + row * n_q + at(i)) = r;
     } else {
       const bool is_key = part(i) == kPartK;
@@ -302,9 +306,21 @@ void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, floa
   }
 }
 
+bool qkv_post_by_rows(const QkvPost& p, int rows) {
+  const int64_t n_q = static_cast<int64_t>(p.n_head) * p.head_dim,
+                n_kv = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
+  constexpr int64_t kWaveElements = gpu::kWave * 4;
+  return rows > kFewRows && p.norm == QkNorm::whole && rotates_by_quads(p) && n_q % kWaveElements == 0 &&
+         n_kv % kWaveElements == 0 && n_q + 2 * n_kv <= kRowMost;
+}
+
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
-                     const KvLayer& kv) {
+                     const KvLayer& kv, bool half_q) {
   const unsigned n = static_cast<unsigned>(rows);
+  if (qkv_post_by_rows(p, rows)) {
+    gpu::launch(s, dim3(n), kRowThreads, qkv_row_kernel, p, pos0, q, half_q, k, v, kv);
+    return;
+  }
   if (p.norm == QkNorm::per_head) {
     gpu::launch(s, dim3(n, static_cast<unsigned>(p.n_head + 2 * p.n_head_kv)), gpu::kWave, qkv_per_head_kernel, p, pos0,
                 q, k, v, kv);
@@ -315,12 +331,6 @@ void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, f
     fail("GPU: a norm over the whole q and k needs at most ", kVectorMost,
          " elements, and head_dim and n_rot that are powers of two (8..128 rotated), not ", widest, ", ", p.head_dim,
          " and ", p.n_rot);
-  }
-  const int64_t n_kv = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
-  constexpr int64_t kWaveElements = gpu::kWave * 4;
-  if (rows > kFewRows && widest % kWaveElements == 0 && n_kv % kWaveElements == 0 && widest + 2 * n_kv <= kRowMost) {
-    gpu::launch(s, dim3(n), kRowThreads, qkv_row_kernel, p, pos0, q, k, v, kv);
-    return;
   }
   gpu::launch(s, dim3(n, 3), norm_threads(widest), qkv_whole_kernel, p, pos0, q, k, v, kv);
 }
