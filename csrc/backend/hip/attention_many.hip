@@ -23,6 +23,7 @@ struct FlashArgs {
   Position pos0;
   int rows = 0;
   const float* q = nullptr;
+  bool half_q = false;  // q's rows are f16, each at the beginning of its f32 place
   KvLayer kv;
   float* out = nullptr;
   uint16_t* half = nullptr;
@@ -79,13 +80,12 @@ class TurnedTile {
         keys_(memory),
         values_(memory + kBytes / 2) {}
 
-  template <typename At>
-  static __device__ inline gpu::FlashOperand queries(int d, At at) {
+  // Depth 32 d .. 32 d + 31 of the wave's queries; pair(query, dim): dimensions dim and dim + 1 as f16.
+  template <typename Pair>
+  static __device__ inline gpu::FlashOperand queries(int d, Pair pair) {
     return gpu::flash_queries([&](int query, int part) {
-      const float* q = at(query, d * 32 + part * 8);
-      const float4 a = *reinterpret_cast<const float4*>(q), b = *reinterpret_cast<const float4*>(q + 4);
-      return make_uint4(gpu::F16::pack(a.x, a.y), gpu::F16::pack(a.z, a.w), gpu::F16::pack(b.x, b.y),
-                        gpu::F16::pack(b.z, b.w));
+      const int dim = d * 32 + part * 8;
+      return make_uint4(pair(query, dim), pair(query, dim + 2), pair(query, dim + 4), pair(query, dim + 6));
     });
   }
 
@@ -216,12 +216,8 @@ class WideTile {
         now_(memory),
         other_(memory + 2 * kSide) {}
 
-  template <typename At>
-  static __device__ inline gpu::FlashOperand queries(int d, At at) {
-    auto pair = [&](int query, int dim) {
-      const float2 v = *reinterpret_cast<const float2*>(at(query, dim));
-      return gpu::F16::pack(v.x, v.y);
-    };
+  template <typename Pair>
+  static __device__ inline gpu::FlashOperand queries(int d, Pair pair) {
     return {{gpu::flash_wide_queries(d * 32, pair), gpu::flash_wide_queries(d * 32 + 16, pair)}};
   }
 
@@ -320,9 +316,18 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
   const int mine = first + gpu::wave() * 16;  // the wave's first query
 
   gpu::FlashOperand q[Dims];
-  auto query_at = [&](int query, int dim) { return p.q + head_of(min(mine + query, last)) * kHeadDim + dim; };
+  auto query_pair = [&](int query, int dim) {
+    const int at = min(mine + query, last);
+    if (p.half_q) {  // as many f16 again lie between the rows
+      const int64_t row = static_cast<int64_t>(at / group) * p.a.n_head;
+      return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint16_t*>(p.q) +
+                                                (row + head_of(at)) * kHeadDim + dim);
+    }
+    const float2 v = *reinterpret_cast<const float2*>(p.q + head_of(at) * kHeadDim + dim);
+    return gpu::F16::pack(v.x, v.y);
+  };
 #pragma unroll
-  for (int d = 0; d < Dims; ++d) q[d] = Tile::queries(d, query_at);
+  for (int d = 0; d < Dims; ++d) q[d] = Tile::queries(d, query_pair);
   int from[gpu::kFlashRows], to[gpu::kFlashRows];
   float largest[gpu::kFlashRows], sum[gpu::kFlashRows];
 #pragma unroll
@@ -443,13 +448,14 @@ bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv) {
          (a.head_dim == 32 || a.head_dim == 64 || a.head_dim == 128);
 }
 
-void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q,
+void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q, bool half_q,
                            const KvLayer& kv, float* out, HalfRows half) {
   FlashArgs args;
   args.a = a;
   args.pos0 = pos0;
   args.rows = rows;
   args.q = q;
+  args.half_q = half_q;
   args.kv = kv;
   args.out = out;
   args.half = half.v;

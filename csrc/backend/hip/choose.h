@@ -50,22 +50,33 @@ __device__ inline int select_experts(uint32_t (&key)[kExpertsPerLane], int top_k
   return mine;
 }
 
-// A wave: the weight of slot `lane` of a row whose expert there is `expert`.
-__device__ inline float expert_weight(const float* logits, int expert, int top_k) {
-  const float score = gpu::lane() < top_k ? sigmoid(gpu::load_fresh(logits + expert)) : 0.0f;
+// A wave: the weight of slot `lane` of a row whose expert there has this logit.
+__device__ inline float slot_weight(float logit, int top_k) {
+  const float score = gpu::lane() < top_k ? sigmoid(logit) : 0.0f;
   return score / gpu::wave_sum(score);
 }
+// The same where the slot's expert is `expert`.
+__device__ inline float expert_weight(const float* logits, int expert, int top_k) {
+  return slot_weight(gpu::lane() < top_k ? gpu::load_fresh(logits + expert) : 0.0f, top_k);
+}
 
-// A wave chooses one row's experts: lane i ends with slot i.
-__device__ inline Choice choose_experts(const float* logits, const float* bias, int n_expert, int top_k) {
+// A wave chooses one row's experts: lane i ends with slot i. Lane l has the logits of experts l, l + 32, ...
+__device__ inline Choice choose_experts(const float (&logit)[kExpertsPerLane], const float* bias, int n_expert,
+                                        int top_k) {
   uint32_t key[kExpertsPerLane];
 #pragma unroll
   for (int i = 0; i < kExpertsPerLane; ++i) {
     const int e = gpu::lane() + i * gpu::kWave;
-    key[i] = e < n_expert ? choice_key(gpu::load_fresh(logits + e), bias != nullptr ? bias[e] : 0.0f) : 0;
+    key[i] = e < n_expert ? choice_key(logit[i], bias != nullptr ? bias[e] : 0.0f) : 0;
   }
   const int mine = select_experts(key, top_k);
-  return {mine, expert_weight(logits, mine, top_k)};
+  float chosen = 0.0f;  // the logit of `mine`
+#pragma unroll
+  for (int i = 0; i < kExpertsPerLane; ++i) {
+    const float v = gpu::shuffle(logit[i], mine % gpu::kWave);
+    if (mine / gpu::kWave == i) chosen = v;
+  }
+  return {mine, slot_weight(chosen, top_k)};
 }
 
 }  // namespace dflash::hip

@@ -21,7 +21,7 @@ void Experts::moe(const Moe& m, int rows, float* x) {
   const bool tiled_experts = is_quantized(m.gate->type), more = tiled_experts && rows > kFewRows;
   float* h = nullptr;
   if (route_needs_hidden(m, rows)) h = work_.floats(Scratch::kHidden, rows, n_embd);
-  float* logits = work_.floats(Scratch::kLogits, rows, m.n_expert);
+  float* logits = work_.floats(Scratch::kLogits, (more ? kRouterParts : 1) * static_cast<int64_t>(rows), m.n_expert);
   const Routing r = routing(rows, m.top_k, m.n_expert);
   if (more) {
     const HalfRows hh = work_.half_rows(Scratch::kQuant, rows, n_embd, true);

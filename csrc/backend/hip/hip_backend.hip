@@ -166,7 +166,7 @@ class HipBackend final : public Backend {
 
   void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) override {
     begin_op();
-    if (q != nullptr && attention_can_take_in(p, step.rows)) {
+    if (q != nullptr && (attention_can_take_in(p, step.rows) || qkv_post_by_rows(p, step.rows))) {
       pending_ = {true, p, step, q, k, v, kv};
     } else {
       launch_qkv_post(stream_, p, step.rows, position(step), q, k, v, kv);
@@ -175,15 +175,21 @@ class HipBackend final : public Backend {
 
   void attention(const Attention& a, Step step, const float* q, const KvLayer& kv, float* out) override {
     TakeIn in;
+    const bool many = attention_many_takes(a, step.rows, kv);
+    bool half_q = false;
     if (pending_.waiting && pending_.q == q && pending_.kv.k == kv.k && pending_.step.pos0 == step.pos0 &&
         pending_.step.rows == step.rows && pending_.post.n_head == a.n_head) {
-      in = {pending_.post, pending_.k, pending_.v};
-      pending_.waiting = false;
+      half_q = many;
+      if (!many && attention_can_take_in(pending_.post, step.rows)) in = {pending_.post, pending_.k, pending_.v};
+      pending_.waiting = !many && in.k == nullptr;
     }
     begin_op();
-    if (attention_many_takes(a, step.rows, kv)) {
+    if (half_q) {
+      launch_qkv_post(stream_, pending_.post, step.rows, position(step), pending_.q, pending_.k, pending_.v, kv, true);
+    }
+    if (many) {
       const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
-      launch_attention_many(stream_, a, step.rows, position(step), q, kv, out,
+      launch_attention_many(stream_, a, step.rows, position(step), q, half_q, kv, out,
                             work_->half_rows(Scratch::kQuant, step.rows, n, true));
       left_quantized(out, step.rows, n);
       return;
@@ -441,7 +447,7 @@ class HipBackend final : public Backend {
   int quantized_rows_ = 0;
   int64_t quantized_n_ = 0;
 
-  // A qkv_post that the attention after it takes over; any other call sends it off by itself.
+  // A qkv_post that the attention after it takes over, or has leave q in f16; any other call sends it off by itself.
   struct PendingQkv {
     bool waiting = false;
     QkvPost post;

@@ -26,8 +26,11 @@ void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, floa
 unsigned norm_threads(int64_t n);  // of a block of norm_quantize and qkv_post
 // Whether a rotation's other half is in the same wave when a lane has four elements.
 bool rotates_by_quads(const QkvPost& p);
+// Whether a block takes q, k and v of a row: only then half_q may be given, for attention_many: q becomes f16, each row
+// at the beginning of its f32 place.
+bool qkv_post_by_rows(const QkvPost& p, int rows);
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
-                     const KvLayer& kv);
+                     const KvLayer& kv, bool half_q = false);
 
 // ---- matmul.hip
 // ------------------------------------------------------------------------------------------------------- outs[i].y
@@ -73,8 +76,8 @@ bool experts_choose(int rows, DType type);
 // experts_choose(), the choice and the grouping. h [rows, n_embd] is written where it is given; it must be when
 // route_needs_hidden().
 bool route_needs_hidden(const Moe& m, int rows);
-// The choice and the grouping alone.
-void launch_choose(gpu::Stream s, const Moe& m, const float* logits, Routing r);
+// The choice and the grouping alone. logits [parts, rows, n_expert], to be added up
+void launch_choose(gpu::Stream s, const Moe& m, const float* logits, int parts, Routing r);
 void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, MutableQuantRows hq, float* logits, Routing r);
 // The one expert of a dense feed-forward: every row, weight 1.
 void launch_route_dense(gpu::Stream s, Routing r);
@@ -110,7 +113,8 @@ inline constexpr int kManyTokens = gpu::kHalfTokens;  // tokens of a block there
 // out = rms_norm(x, norm), or x where norm is null; y the same in f32 where it is given. n a multiple of 32
 void launch_norm_half(gpu::Stream s, const float* x, const float* norm, float eps, int rows, float* y, HalfRows out);
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, HalfRows x, int rows, bool add);
-// As launch_route, launch_gate_up and launch_down; h is always written.
+// As launch_route, launch_gate_up and launch_down; h is always written. logits [kRouterParts, rows, n_expert]
+inline constexpr int kRouterParts = 4;
 void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, HalfRows hh, float* logits, Routing r);
 void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, HalfRows x,
                          const Routing& r, HalfRows act);
@@ -118,8 +122,8 @@ void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRo
                       float* x);
 // Whether attention_many.hip serves these rows: more than kFewRows over an f16 or q8_0 cache, head_dim 32, 64 or 128.
 bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv);
-// out [rows, n_head * head_dim] and the same as 16-bit rows.
-void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q,
+// out [rows, n_head * head_dim] and the same as 16-bit rows. half_q: q as launch_qkv_post leaves it so.
+void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q, bool half_q,
                            const KvLayer& kv, float* out, HalfRows half);
 
 // ---- attention.hip

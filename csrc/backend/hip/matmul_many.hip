@@ -67,22 +67,41 @@ __global__ void __launch_bounds__(kManyThreads, 1) matmul_many_kernel(DenseJob<F
 // ---------------------------------------------------------------------------------------------------------------
 
 constexpr int kNormThreads = 256;
+constexpr int kNormHeld = 4;  // float4 of a row a thread holds
+constexpr int kNormSpan = kNormThreads * kNormHeld * 4;
 
-// A block per row; n a multiple of 32. norm null: the row as it is.
+// A block per row, which is read once if it has at most kNormSpan elements; n a multiple of 32. norm null: the row as
+// it is.
 template <typename N>
 __global__ void __launch_bounds__(kNormThreads)
     norm_half_kernel(const float* __restrict__ x, const float* __restrict__ norm, float eps, int n, float* y,
                      uint16_t* out) {
   __shared__ float lds[kNormThreads / gpu::kWave];
-  gpu::wait_for_previous();
   const int64_t row = blockIdx.x;
-  const float* xr = x + row * n;
+  float4 weight[kNormHeld], held[kNormHeld];
+  auto at = [](int start, int i) { return start + (i * kNormThreads + static_cast<int>(threadIdx.x)) * 4; };
+  auto load = [&](const float* from, int start, float4(&v)[kNormHeld]) {
+#pragma unroll
+    for (int i = 0; i < kNormHeld; ++i) {
+      v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (at(start, i) < n) v[i] = *reinterpret_cast<const float4*>(from + at(start, i));
+    }
+  };
+  if (norm != nullptr) load(norm, 0, weight);
+  gpu::wait_for_previous();
+  load(x + row * n, 0, held);
   float inverse = 1.0f;
   if (norm != nullptr) {
     float squares = 0.0f;
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < n; i += kNormThreads * 4) {
-      const float4 v = *reinterpret_cast<const float4*>(xr + i);
-      squares = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, squares))));
+    for (int start = 0;;) {
+#pragma unroll
+      for (int i = 0; i < kNormHeld; ++i) {
+        const float4& v = held[i];
+        squares = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, squares))));
+      }
+      start += kNormSpan;
+      if (start >= n) break;
+      load(x + row * n, start, held);
     }
     squares = gpu::wave_sum(squares);
     if (gpu::lane() == 0) lds[gpu::wave()] = squares;
@@ -91,17 +110,22 @@ __global__ void __launch_bounds__(kNormThreads)
     for (int i = 0; i < kNormThreads / gpu::kWave; ++i) sum += lds[i];
     inverse = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
   }
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < n; i += kNormThreads * 4) {
-    float4 v = *reinterpret_cast<const float4*>(xr + i);
-    if (norm != nullptr) {
-      const float4 w = *reinterpret_cast<const float4*>(norm + i);
-      v = make_float4((v.x * inverse) * w.x, (v.y * inverse) * w.y, (v.z * inverse) * w.z, (v.w * inverse) * w.w);
+  for (int start = 0; start < n; start += kNormSpan) {
+    if (n > kNormSpan) {
+      load(x + row * n, start, held);
+      if (norm != nullptr) load(norm, start, weight);
     }
-    if (y != nullptr) *reinterpret_cast<float4*>(y + row * n + i) = v;
-    // Elements 0 and 2 of a word's four are neighbours, and 1 and 3.
-    uint16_t* group = out + row * n + (i & ~31);
-    *reinterpret_cast<uint32_t*>(group + gpu::half_slot(i & 31)) = N::pack(v.x, v.z);
-    *reinterpret_cast<uint32_t*>(group + gpu::half_slot((i & 31) + 1)) = N::pack(v.y, v.w);
+#pragma unroll
+    for (int k = 0; k < kNormHeld; ++k) {
+      const int i = at(start, k);
+      if (i >= n) break;
+      const float4 v = norm != nullptr ? times(held[k], inverse, weight[k]) : held[k];
+      if (y != nullptr) *reinterpret_cast<float4*>(y + row * n + i) = v;
+      // Elements 0 and 2 of a word's four are neighbours, and 1 and 3.
+      uint16_t* group = out + row * n + (i & ~31);
+      *reinterpret_cast<uint32_t*>(group + gpu::half_slot(i & 31)) = N::pack(v.x, v.z);
+      *reinterpret_cast<uint32_t*>(group + gpu::half_slot((i & 31) + 1)) = N::pack(v.y, v.w);
+    }
   }
 }
 

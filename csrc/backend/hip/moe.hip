@@ -11,43 +11,6 @@ namespace dflash::hip {
 
 namespace {
 
-// A block sorts all pairs by expert and cuts each expert's run into items; unused items have count 0.
-template <typename ExpertOf>
-__device__ inline void group_pairs(const Routing& r, ExpertOf expert_of) {
-  __shared__ int count[kMaxExperts], cursor[kMaxExperts], n_items;
-  const int n_pairs = r.rows * r.top_k;
-  for (int e = threadIdx.x; e < kMaxExperts; e += blockDim.x) count[e] = 0;
-  __syncthreads();
-  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) atomicAdd(&count[expert_of(p)], 1);
-  __syncthreads();
-  if (gpu::wave() == 0) {
-    const int first = gpu::lane() * kExpertsPerLane;
-    int pairs = 0, items = 0, distinct = 0;
-#pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
-      const int c = count[first + i];
-      pairs += c;
-      items += (c + r.chunk - 1) / r.chunk;
-      distinct += c > 0;
-    }
-    int pair_at = gpu::wave_sum_before(pairs), item_at = gpu::wave_sum_before(items);
-    if (gpu::lane() == gpu::kWave - 1) *r.n_items = n_items = item_at + items;
-    distinct = gpu::wave_sum(distinct);
-    if (gpu::lane() == 0) atomicAdd(r.distinct, distinct);
-    for (int i = 0; i < kExpertsPerLane; ++i) {
-      const int e = first + i, c = count[e];
-      cursor[e] = pair_at;
-      for (int done = 0; done < c; done += r.chunk) {
-        r.items[item_at++] = {e, pair_at + done, min(r.chunk, c - done), 0};
-      }
-      pair_at += c;
-    }
-  }
-  __syncthreads();
-  for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) r.pairs[atomicAdd(&cursor[expert_of(p)], 1)] = p;
-  for (int i = n_items + threadIdx.x; i < r.max_items; i += blockDim.x) r.items[i] = {0, 0, 0, 0};
-}
-
 // Few rows: grid (n_expert / 8, some of the rows). A block normalises its rows for itself (the blocks share the work of
 // quantising them), a wave makes an expert's logits from router weights it holds in registers before the row is there.
 // The same sums in the same order as norm_quantize and the float matmul for many rows. Who reads the logits chooses.
@@ -124,22 +87,86 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Many rows: a wave per row, then one block.
+// Many rows: a wave per row. logits [parts, rows, n_expert]: a logit is the sum of its parts.
 __global__ void __launch_bounds__(kThreads)
-    choose_kernel(const float* logits, const float* bias, int n_expert, Routing r) {
+    choose_kernel(const float* logits, int parts, const float* bias, int n_expert, Routing r) {
   gpu::wait_for_previous();
   const int row = static_cast<int>(blockIdx.x) * kSegments + gpu::wave();
   if (row >= r.rows) return;
-  const Choice c = choose_experts(logits + static_cast<int64_t>(row) * n_expert, bias, n_expert, r.top_k);
+  float logit[kExpertsPerLane] = {};
+  for (int part = 0; part < parts; ++part) {
+    const float* from = logits + (static_cast<int64_t>(part) * r.rows + row) * n_expert;
+#pragma unroll
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      const int e = gpu::lane() + i * gpu::kWave;
+      if (e < n_expert) logit[i] += from[e];
+    }
+  }
+  const Choice c = choose_experts(logit, bias, n_expert, r.top_k);
   if (gpu::lane() < r.top_k) {
     r.experts[row * r.top_k + gpu::lane()] = c.expert;
     r.weights[row * r.top_k + gpu::lane()] = c.weight;
   }
 }
 
-__global__ void __launch_bounds__(1024) group_kernel(Routing r) {
+// Sorts the pairs by expert; the first block cuts each expert's run into items, unused items have count 0. Every block
+// counts all pairs, and those before its own, which it then puts in place: the blocks need nothing of each other.
+constexpr int kGroupThreads = 1024;
+
+__global__ void __launch_bounds__(kGroupThreads) group_kernel(Routing r) {
+  __shared__ int count[kMaxExperts], cursor[kMaxExperts], n_items;
+  const int t = static_cast<int>(threadIdx.x);
+  for (int e = t; e < kMaxExperts; e += kGroupThreads) count[e] = cursor[e] = 0;
   gpu::wait_for_previous();
-  group_pairs(r, [&](int pair) { return r.experts[pair]; });
+  __syncthreads();
+  const int n_pairs = r.rows * r.top_k;
+  const int before = static_cast<int>(blockIdx.x) * kGroupThreads;  // the block's first pair
+  constexpr int kAhead = 8;
+  for (int p0 = 0; p0 < n_pairs; p0 += kAhead * kGroupThreads) {
+    int expert[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int pair = p0 + i * kGroupThreads + t;
+      expert[i] = pair < n_pairs ? r.experts[pair] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (expert[i] < 0) break;
+      atomicAdd(&count[expert[i]], 1);
+      if (p0 + i * kGroupThreads < before) atomicAdd(&cursor[expert[i]], 1);
+    }
+  }
+  __syncthreads();
+  if (gpu::wave() == 0) {
+    const int first = gpu::lane() * kExpertsPerLane;
+    int pairs = 0, items = 0, distinct = 0;
+#pragma unroll
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      const int c = count[first + i];
+      pairs += c;
+      items += (c + r.chunk - 1) / r.chunk;
+      distinct += c > 0;
+    }
+    int pair_at = gpu::wave_sum_before(pairs), item_at = gpu::wave_sum_before(items);
+    distinct = gpu::wave_sum(distinct);
+    if (gpu::lane() == gpu::kWave - 1) n_items = item_at + items;
+    if (blockIdx.x == 0) {
+      if (gpu::lane() == gpu::kWave - 1) *r.n_items = item_at + items;
+      if (gpu::lane() == 0) atomicAdd(r.distinct, distinct);
+    }
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      const int e = first + i, c = count[e];
+      cursor[e] += pair_at;
+      for (int done = 0; blockIdx.x == 0 && done < c; done += r.chunk) {
+        r.items[item_at++] = {e, pair_at + done, min(r.chunk, c - done), 0};
+      }
+      pair_at += c;
+    }
+  }
+  __syncthreads();
+  if (before + t < n_pairs) r.pairs[atomicAdd(&cursor[r.experts[before + t]], 1)] = before + t;
+  if (blockIdx.x != 0) return;
+  for (int i = n_items + t; i < r.max_items; i += kGroupThreads) r.items[i] = {0, 0, 0, 0};
 }
 
 __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
@@ -154,19 +181,31 @@ __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
   if (threadIdx.x == 0) *r.n_items = n;
 }
 
-// x[row] += its experts. Grid (columns / threads, rows).
+// x[row] += its experts, V elements a thread. Grid (columns / (V threads), rows).
+template <int V>
 __global__ void __launch_bounds__(kThreads)
     add_experts_kernel(Routing r, const float* __restrict__ y, int64_t n_embd, float* x) {
+  struct alignas(V * sizeof(float)) Vector {
+    float e[V];
+  };
   gpu::wait_for_previous();
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t row = blockIdx.y;
   if (n >= n_embd) return;
-  float sum = 0.0f;
+  Vector sum = {};
+#pragma unroll 8
   for (int slot = 0; slot < r.top_k; ++slot) {
     const int64_t pair = row * r.top_k + slot;
-    sum = fmaf(r.weights[pair], y[pair * n_embd + n], sum);
+    const float weight = r.weights[pair];
+    const Vector v = *reinterpret_cast<const Vector*>(y + pair * n_embd + n);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum.e[i] = fmaf(weight, v.e[i], sum.e[i]);
   }
-  x[row * n_embd + n] += sum;
+  Vector& to = *reinterpret_cast<Vector*>(x + row * n_embd + n);
+  Vector all = to;
+#pragma unroll
+  for (int i = 0; i < V; ++i) all.e[i] += sum.e[i];
+  to = all;
 }
 
 unsigned u(int64_t n) { return static_cast<unsigned>(n); }
@@ -193,14 +232,16 @@ void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, Mutable
   launch_norm_quantize(s, x, m.norm, m.eps, r.rows, router.n_in, h, hq);
   launch_float_matmul(s, router, h, r.rows, logits, false);
   if (experts_choose(r.rows, m.gate->type)) return;
-  launch_choose(s, m, logits, r);
+  launch_choose(s, m, logits, 1, r);
 }
 
-void launch_choose(gpu::Stream s, const Moe& m, const float* logits, Routing r) {
+void launch_choose(gpu::Stream s, const Moe& m, const float* logits, int parts, Routing r) {
   check_experts(m, r);
   const int n_expert = static_cast<int>(m.router->n_out);
-  gpu::launch(s, dim3(u((r.rows + kSegments - 1) / kSegments)), kThreads, choose_kernel, logits, m.bias, n_expert, r);
-  gpu::launch(s, dim3(1), 1024, group_kernel, r);
+  gpu::launch(s, dim3(u((r.rows + kSegments - 1) / kSegments)), kThreads, choose_kernel, logits, parts, m.bias,
+              n_expert, r);
+  const int n_pairs = r.rows * r.top_k;
+  gpu::launch(s, dim3(u((n_pairs + kGroupThreads - 1) / kGroupThreads)), kGroupThreads, group_kernel, r);
 }
 
 bool route_needs_hidden(const Moe& m, int rows) {
@@ -210,8 +251,9 @@ bool route_needs_hidden(const Moe& m, int rows) {
 void launch_route_dense(gpu::Stream s, Routing r) { gpu::launch(s, dim3(1), kThreads, dense_routing_kernel, r); }
 
 void launch_add_experts(gpu::Stream s, const Routing& r, const float* y, int64_t n, float* x) {
-  const dim3 grid(u((n + kThreads - 1) / kThreads), u(r.rows));
-  gpu::launch(s, grid, kThreads, add_experts_kernel, r, y, n, x);
+  const int64_t v = n % 4 == 0 ? 4 : 1;
+  const dim3 grid(u((n / v + kThreads - 1) / kThreads), u(r.rows));
+  gpu::launch(s, grid, kThreads, v == 4 ? add_experts_kernel<4> : add_experts_kernel<1>, r, y, n, x);
 }
 
 }  // namespace dflash::hip

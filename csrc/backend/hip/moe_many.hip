@@ -1,5 +1,6 @@
 // Experts for more than 16 rows: the router's product, the grouping, and the experts on matrix instructions.
 
+#include "backend/hip/gpu_flash.h"
 #include "backend/hip/many_direct.h"
 #include "backend/hip/many_ring.h"
 #include "backend/hip/quantize.h"
@@ -13,101 +14,128 @@ unsigned u(int64_t n) { return static_cast<unsigned>(n); }
 // ---- router
 // -------------------------------------------------------------------------------------------------------------
 
-constexpr int kRouterSide = 64, kRouterDepth = 32, kRouterThreads = 512;  // rows and outputs of a block
-constexpr int kRouterQuads = kRouterDepth / 4;                            // float4 of a row in a step
-constexpr int kRouterParts = 4;  // of a step's depth, each with threads of its own
+constexpr int kRouterRows = 64, kRouterOuts = 128;  // of a block; two blocks a multiprocessor overlap better than one
+constexpr int kRouterDepth = 32, kRouterQuads = kRouterDepth / 4;  // of a step, and float4 of a row in it
+constexpr int kRouterRuns = 2;                                     // of 16 rows and of 16 outputs a wave multiplies
+constexpr int kRouterAcross = kRouterOuts / (16 * kRouterRuns);    // waves beside each other
+constexpr int kRouterThreads = kRouterRows / (16 * kRouterRuns) * kRouterAcross * gpu::kWave;
 
-// A step of a block's rows or outputs, [depth][row], the rows of a float4's four depths turned so that neither writing
-// nor reading meets in a bank.
+// A step of a block's rows or outputs as pairs of f16, whose sum is the f32 value to 2^-22: the high and the low one,
+// each [row][octet of the depth, turned]. Values are scaled so that low ones are no denormals where it matters.
+template <int Rows>
 struct RouterSide {
-  float v[kRouterDepth * kRouterSide];
+  static constexpr int kOctets = kRouterDepth / 8;
+  uint4 high[Rows * kOctets], low[Rows * kOctets];
 
-  static __device__ inline int at(int depth, int row) { return depth * kRouterSide + (row ^ (depth / 4 * 4)); }
+  static __device__ inline int at(int row, int octet) { return row * kOctets + gpu::flash_piece(octet, row, kOctets); }
+
+  __device__ inline void put(int row, int quad, const float4& v, float scale) {
+    const int place = at(row, quad / 2) * 2 + quad % 2;
+    uint2 h, l;
+    h.x = split(v.x * scale, v.y * scale, &l.x);
+    h.y = split(v.z * scale, v.w * scale, &l.y);
+    reinterpret_cast<uint2*>(high)[place] = h;
+    reinterpret_cast<uint2*>(low)[place] = l;
+  }
+
+ private:
+  static __device__ inline uint32_t split(float a, float b, uint32_t* low) {
+    const uint32_t h = gpu::F16::pack(a, b);
+    *low = gpu::F16::pack(a - gpu::half_to_float(static_cast<uint16_t>(h & 0xffffu)),
+                          b - gpu::half_to_float(static_cast<uint16_t>(h >> 16)));
+    return h;
+  }
 };
+struct RouterStage {
+  RouterSide<kRouterRows> h;
+  RouterSide<kRouterOuts> w;
+};
+constexpr size_t kRouterBytes = 2 * sizeof(RouterStage);
+// Rows are held up to 4094 and weights up to 255, far beyond what a norm and a router give.
+constexpr float kRouterRowScale = 16.0f, kRouterWeightScale = 256.0f;
 
-// logits [rows, n_out] = h [rows, n_in] * w [n_out, n_in], all f32; n_in a multiple of 4. A block makes 64 rows by 64
-// outputs, a thread 8 by 4 of them over a quarter of each step's depth; the quarters are added at the end.
-// grid (outputs, rows)
-__global__ void __launch_bounds__(kRouterThreads)
+// logits [kRouterParts, rows, n_out], to be added: h [rows, n_in] * w [n_out, n_in], all f32; n_in a multiple of 4. A
+// block makes 64 rows by 128 outputs of one part of the depth, a wave 32 by 32: three products of f16 with sums in f32,
+// low times low is left out.  grid (outputs, rows, parts)
+__global__ void __launch_bounds__(kRouterThreads, 2)
     router_kernel(const float* __restrict__ w, const float* __restrict__ h, int rows, int n_in, int n_out,
                   float* logits) {
-  alignas(16) __shared__ RouterSide sides[4];
-  RouterSide *const hs = sides, *const ws = sides + 2;
+  DFLASH_STAGES(memory, kRouterBytes);
+  RouterStage* const stages = reinterpret_cast<RouterStage*>(memory);
   gpu::wait_for_previous();
   const int t = static_cast<int>(threadIdx.x);
-  const int row0 = static_cast<int>(blockIdx.y) * kRouterSide, out0 = static_cast<int>(blockIdx.x) * kRouterSide;
-  constexpr int kVectors = kRouterSide * kRouterQuads / kRouterThreads;
-  float4 hv[kVectors], wv[kVectors];
-  auto load = [&](const float* from, int first, int count, int k0, float4(&v)[kVectors]) {
+  const int row0 = static_cast<int>(blockIdx.y) * kRouterRows, out0 = static_cast<int>(blockIdx.x) * kRouterOuts;
+  const int steps = (n_in + kRouterDepth - 1) / kRouterDepth;
+  const int depth = (steps + kRouterParts - 1) / kRouterParts * kRouterDepth;
+  const int begin = static_cast<int>(blockIdx.z) * depth, end = min(n_in, begin + depth);
+  float4 hv[kRouterRows * kRouterQuads / kRouterThreads], wv[kRouterOuts * kRouterQuads / kRouterThreads];
+  auto load = [&](const float* from, int first, int count, int k0, auto& v) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(float4)); ++i) {
       const int at = t + i * kRouterThreads, row = first + at / kRouterQuads, k = k0 + at % kRouterQuads * 4;
       v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (row < count && k < n_in) v[i] = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * n_in + k);
+      if (row < count && k < end) v[i] = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(row) * n_in + k);
     }
   };
-  auto store = [&](RouterSide& side, const float4(&v)[kVectors]) {
+  auto store = [&](auto& side, const auto& v, float scale) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = t + i * kRouterThreads, row = at / kRouterQuads, k = at % kRouterQuads * 4;
-      side.v[RouterSide::at(k, row)] = v[i].x;
-      side.v[RouterSide::at(k + 1, row)] = v[i].y;
-      side.v[RouterSide::at(k + 2, row)] = v[i].z;
-      side.v[RouterSide::at(k + 3, row)] = v[i].w;
+    for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(float4)); ++i) {
+      const int at = t + i * kRouterThreads;
+      side.put(at / kRouterQuads, at % kRouterQuads, v[i], scale);
     }
   };
-  alignas(16) float acc[8][4] = {};
-  constexpr int kPartThreads = kRouterThreads / kRouterParts;
-  const int part = t / kPartThreads, rows_at = t % kPartThreads / 16 * 8, outs_at = t % 16 * 4;
-  load(h, row0, rows, 0, hv);
-  load(w, out0, n_out, 0, wv);
-  for (int k0 = 0, now = 0; k0 < n_in; k0 += kRouterDepth, now ^= 1) {
-    store(hs[now], hv);
-    store(ws[now], wv);
+  const int rows_at = gpu::wave() / kRouterAcross * kRouterRuns * 16;
+  const int outs_at = gpu::wave() % kRouterAcross * kRouterRuns * 16;
+  float acc[kRouterRuns][kRouterRuns][8] = {};
+  load(h, row0, rows, begin, hv);
+  load(w, out0, n_out, begin, wv);
+  for (int k0 = begin, now = 0; k0 < end; k0 += kRouterDepth, now ^= 1) {
+    RouterStage& stage = stages[now];
+    store(stage.h, hv, kRouterRowScale);
+    store(stage.w, wv, kRouterWeightScale);
     __syncthreads();
-    if (k0 + kRouterDepth < n_in) {
+    if (k0 + kRouterDepth < end) {
       load(h, row0, rows, k0 + kRouterDepth, hv);
       load(w, out0, n_out, k0 + kRouterDepth, wv);
     }
+    gpu::FlashOperand high[kRouterRuns], low[kRouterRuns];
 #pragma unroll
-    for (int i = 0; i < kRouterDepth / kRouterParts; ++i) {
-      const int k = part * (kRouterDepth / kRouterParts) + i;
-      float a[8], b[4];
-      *reinterpret_cast<float4*>(a) = *reinterpret_cast<const float4*>(&hs[now].v[RouterSide::at(k, rows_at)]);
-      *reinterpret_cast<float4*>(a + 4) = *reinterpret_cast<const float4*>(&hs[now].v[RouterSide::at(k, rows_at + 4)]);
-      *reinterpret_cast<float4*>(b) = *reinterpret_cast<const float4*>(&ws[now].v[RouterSide::at(k, outs_at)]);
+    for (int r = 0; r < kRouterRuns; ++r) {
+      auto at = [&](int row, int octet) { return stage.h.at(rows_at + r * 16 + row, octet); };
+      high[r] = gpu::flash_queries([&](int row, int octet) { return stage.h.high[at(row, octet)]; });
+      low[r] = gpu::flash_queries([&](int row, int octet) { return stage.h.low[at(row, octet)]; });
+    }
 #pragma unroll
-      for (int r = 0; r < 8; ++r) {
+    for (int o = 0; o < kRouterRuns; ++o) {
+      auto at = [&](int row, int octet) { return stage.w.at(outs_at + o * 16 + row, octet); };
+      const gpu::FlashOperand whigh =
+          gpu::flash_others([&](int row, int octet) { return stage.w.high[at(row, octet)]; });
+      const gpu::FlashOperand wlow = gpu::flash_others([&](int row, int octet) { return stage.w.low[at(row, octet)]; });
 #pragma unroll
-        for (int o = 0; o < 4; ++o) acc[r][o] = fmaf(a[r], b[o], acc[r][o]);
+      for (int d = 0; d < 2; ++d) {
+#pragma unroll
+        for (int r = 0; r < kRouterRuns; ++r) gpu::flash_mma(acc[r][o], low[r].k[d], whigh.k[d]);
+#pragma unroll
+        for (int r = 0; r < kRouterRuns; ++r) gpu::flash_mma(acc[r][o], high[r].k[d], wlow.k[d]);
+#pragma unroll
+        for (int r = 0; r < kRouterRuns; ++r) gpu::flash_mma(acc[r][o], high[r].k[d], whigh.k[d]);
       }
     }
   }
-  // Quarters 2 and 3 to 0 and 1, then 1 to 0.
-  for (int from = kRouterParts / 2; from > 0; from /= 2) {
-    __syncthreads();
-    float* sums = &sides[0].v[0] + (part % from * kRouterSide + rows_at) * kRouterSide + outs_at;
-    if (part >= from && part < 2 * from) {
+  float* part = logits + static_cast<int64_t>(blockIdx.z) * rows * n_out;
 #pragma unroll
-      for (int r = 0; r < 8; ++r)
-        *reinterpret_cast<float4*>(sums + r * kRouterSide) = *reinterpret_cast<float4*>(acc[r]);
-    }
-    __syncthreads();
-    if (part < from) {
+  for (int r = 0; r < kRouterRuns; ++r) {
 #pragma unroll
-      for (int r = 0; r < 8; ++r) {
+    for (int o = 0; o < kRouterRuns; ++o) {
 #pragma unroll
-        for (int o = 0; o < 4; ++o) acc[r][o] += sums[r * kRouterSide + o];
+      for (int i = 0; i < 8; ++i) {
+        const int row = row0 + rows_at + r * 16 + gpu::flash_query(gpu::flash_row(i));
+        const int out = out0 + outs_at + o * 16 + gpu::flash_other(i);
+        if (row < rows && out < n_out) {
+          part[static_cast<int64_t>(row) * n_out + out] =
+              acc[r][o][i] * (1.0f / (kRouterRowScale * kRouterWeightScale));
+        }
       }
-    }
-  }
-  if (part != 0) return;
-#pragma unroll
-  for (int r = 0; r < 8; ++r) {
-#pragma unroll
-    for (int o = 0; o < 4; ++o) {
-      const int row = row0 + rows_at + r, out = out0 + outs_at + o;
-      if (row < rows && out < n_out) logits[static_cast<int64_t>(row) * n_out + out] = acc[r][o];
     }
   }
 }
@@ -226,14 +254,17 @@ void launch_experts(gpu::Stream s, void (*kernel)(Job, HalfRows, int), Job job, 
 void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, HalfRows hh, float* logits, Routing r) {
   const Weight& router = *m.router;
   launch_norm_half(s, x, m.norm, m.eps, r.rows, h, hh);
+  int parts = 1;
   if (router.n_in % 4 == 0) {
-    const dim3 grid(u((router.n_out + kRouterSide - 1) / kRouterSide), u((r.rows + kRouterSide - 1) / kRouterSide));
-    gpu::launch(s, grid, kRouterThreads, router_kernel, static_cast<const float*>(router.data), h, r.rows,
-                static_cast<int>(router.n_in), static_cast<int>(router.n_out), logits);
+    parts = kRouterParts;
+    const dim3 grid(u((router.n_out + kRouterOuts - 1) / kRouterOuts), u((r.rows + kRouterRows - 1) / kRouterRows),
+                    kRouterParts);
+    gpu::launch_stages(s, grid, kRouterThreads, kRouterBytes, router_kernel, static_cast<const float*>(router.data), h,
+                       r.rows, static_cast<int>(router.n_in), static_cast<int>(router.n_out), logits);
   } else {
     launch_float_matmul(s, router, h, r.rows, logits, false);
   }
-  launch_choose(s, m, logits, r);
+  launch_choose(s, m, logits, parts, r);
 }
 
 void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, HalfRows x,

@@ -1,5 +1,7 @@
 // RMSNorm with quantisation to int8 groups, and what follows the q, k, v projections: norm, RoPE, the KV store.
 
+#include "backend/hip/few_rows.h"
+#include "backend/hip/gpu_half.h"
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
 #include "backend/hip/rope.h"
@@ -167,6 +169,81 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
+// The same for many rows: a block takes q, k and v of a row, one after the other in its threads' float4, so that no
+// thread is idle; a wave's float4 are all of one of them. half_q: q's row becomes f16, at the row's beginning.
+constexpr int kRowThreads = 512;
+constexpr int64_t kRowMost = kRowThreads * kHeld * 4;  // elements of q, k and v
+
+__global__ void __launch_bounds__(kRowThreads, 2)
+    qkv_row_kernel(QkvPost p, Position pos0, float* q, bool half_q, const float* k, const float* v, KvLayer kv) {
+  __shared__ float2 lds[kRowThreads / gpu::kWave];
+  __shared__ float2 turns[kMostPairs];
+  const int64_t row = blockIdx.x;
+  const int n_q = q != nullptr ? p.n_head * p.head_dim : 0, n_kv = p.n_head_kv * p.head_dim, n = n_q + 2 * n_kv;
+  auto at = [](int i) { return (i * kRowThreads + static_cast<int>(threadIdx.x)) * 4; };
+  auto part = [&](int i) {
+    const int first = (i * kRowThreads + gpu::wave() * gpu::kWave) * 4;
+    return first < n_q ? kPartQ : first < n_q + n_kv ? kPartK : kPartV;
+  };
+  float4 weights[kHeld], held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    weights[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (part(i) == kPartQ) {
+      weights[i] = *reinterpret_cast<const float4*>(p.q_norm + at(i));
+    } else if (part(i) == kPartK) {
+      weights[i] = *reinterpret_cast<const float4*>(p.k_norm + at(i) - n_q);
+    }
+  }
+  gpu::wait_for_previous();
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    held[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const float* from = part(i) == kPartQ   ? q + row * n_q + at(i)
+                        : part(i) == kPartK ? k + row * n_kv + at(i) - n_q
+                                            : v + row * n_kv + at(i) - n_q - n_kv;
+    if (at(i) < n) held[i] = *reinterpret_cast<const float4*>(from);
+  }
+  const int64_t position = pos0.get() + row;
+  if (static_cast<int>(threadIdx.x) < p.n_rot / 2) {
+    turns[threadIdx.x] = rotation(p, static_cast<int>(threadIdx.x), static_cast<float>(position));
+  }
+  float2 squares = make_float2(0.0f, 0.0f);  // of q and k
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float s = sum_of_squares(held[i]);
+    if (part(i) == kPartQ) squares.x += s;
+    if (part(i) == kPartK) squares.y += s;
+  }
+  squares = make_float2(gpu::wave_sum(squares.x), gpu::wave_sum(squares.y));
+  if (gpu::lane() == 0) lds[gpu::wave()] = squares;
+  __syncthreads();
+  squares = gpu::lane() < kRowThreads / gpu::kWave ? lds[gpu::lane()] : make_float2(0.0f, 0.0f);
+  const float q_inverse = 1.0f / sqrtf(gpu::wave_sum(squares.x) / static_cast<float>(n_q) + p.eps);
+  const float k_inverse = 1.0f / sqrtf(gpu::wave_sum(squares.y) / static_cast<float>(n_kv) + p.eps);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (at(i) >= n) break;
+    const int dim = at(i) & (p.head_dim - 1);
+    float4 r = held[i];
+    if (part(i) != kPartV) {
+      r = times(r, part(i) == kPartQ ? q_inverse : k_inverse, weights[i]);
+      const float4 other = shuffle_quad(r, p.n_rot / 8);
+      if (dim < p.n_rot) r = rotate_quad(p, dim, r, other, [&](int j) { return turns[j]; });
+    }
+    if (part(i) == kPartQ && half_q) {  // the block has read the whole row
+      uint16_t* const half = reinterpret_cast<uint16_t*>(q + row * n_q);
+      *reinterpret_cast<uint2*>(half + at(i)) = make_uint2(gpu::F16::pack(r.x, r.y), gpu::F16::pack(r.z, r.w));
+    } else if (part(i) == kPartQ) {
+      *reinterpret_cast<float4*>(q + row * n_q + at(i)) = r;
+    } else {
+      const bool is_key = part(i) == kPartK;
+      const int in_part = at(i) - n_q - (is_key ? 0 : n_kv);
+      store_kv_quad(kv, is_key ? kv.k : kv.v, in_part >> (31 - __clz(p.head_dim)), position, dim, r, true);
+    }
+  }
+}
+
 // Norm per head: grid (rows, n_head + 2 n_head_kv), a wave per head.
 __global__ void __launch_bounds__(gpu::kWave)
     qkv_per_head_kernel(QkvPost p, Position pos0, float* q, float* k, const float* v, KvLayer kv) {
@@ -229,9 +306,21 @@ void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, floa
   }
 }
 
+bool qkv_post_by_rows(const QkvPost& p, int rows) {
+  const int64_t n_q = static_cast<int64_t>(p.n_head) * p.head_dim,
+                n_kv = static_cast<int64_t>(p.n_head_kv) * p.head_dim;
+  constexpr int64_t kWaveElements = gpu::kWave * 4;
+  return rows > kFewRows && p.norm == QkNorm::whole && rotates_by_quads(p) && n_q % kWaveElements == 0 &&
+         n_kv % kWaveElements == 0 && n_q + 2 * n_kv <= kRowMost;
+}
+
 void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, float* q, float* k, const float* v,
-                     const KvLayer& kv) {
+                     const KvLayer& kv, bool half_q) {
   const unsigned n = static_cast<unsigned>(rows);
+  if (qkv_post_by_rows(p, rows)) {
+    gpu::launch(s, dim3(n), kRowThreads, qkv_row_kernel, p, pos0, q, half_q, k, v, kv);
+    return;
+  }
   if (p.norm == QkNorm::per_head) {
     gpu::launch(s, dim3(n, static_cast<unsigned>(p.n_head + 2 * p.n_head_kv)), gpu::kWave, qkv_per_head_kernel, p, pos0,
                 q, k, v, kv);
