@@ -4,6 +4,8 @@
 // --slab: two layers of full MiniMax-M2.7 shape, Q4_0, vocabulary 8192, random weights. Prints, tab separated:
 //   what rows microseconds(median) microseconds(fastest tenth) bytes(read once: attention, distinct experts, router,
 //   head)
+// With a drafter also, microseconds a token of 32 plain steps, of the same with taps, of the drafter taking those in:
+//   parked 32 plain tapped ingest (tapped + ingest) / plain - 1, the median of turns
 // --ops: with the time of each op below. --paired: instead, steps of each width between two reads of memory, in turn,
 // 60 ms each, since the bandwidth of a shared host swings. Prints, tab separated, medians over the rounds:
 //   paired rows GB/s(step) GB/s(reads beside it) share share(lower quartile) share(upper quartile)
@@ -220,8 +222,43 @@ int main(int argc, char** argv) try {
       if (n >= dc.block_size) break;
       report("draft slots", n, [&] { drafter->draft(b, ds, 5, 256, n, n + 1, dkv, logits.data(), 0); }, false);
     }
-    for (const int n : {1, 4})
+    for (const int n : {1, 4, 32})
       report("ingest rows", n, [&] { drafter->ingest(b, ds, {n, 256}, taps.data(), dkv); }, false);
+
+    // What a session that does not draft pays for its drafter: 32 plain steps without and with taps, kept and taken in
+    // by the drafter at the end, in turn.
+    constexpr int kSteps = 32;
+    const int64_t width = static_cast<int64_t>(dc.target_layers.size()) * c.n_embd;
+    std::vector<float> step_taps(static_cast<size_t>(width));
+    const TapSink sink{&dc.target_layers, step_taps.data()};
+    const auto plain_steps = [&](bool tapped) {
+      for (int i = 0; i < kSteps; ++i) {
+        at = (at + 1) % (tokens.size() - 1);
+        model->forward(b, scratch, {1, ctx + i}, tokens.data() + at, kv, tapped ? &sink : nullptr);
+        model->logits(b, scratch, 0, 1, logits.data());
+        if (tapped) b.copy_rows(step_taps.data(), 1, width, taps.data() + i * width, width);
+      }
+    };
+    std::vector<double> without, tapping, ingesting, cost;
+    for (const double end = now() + 4 * seconds; now() < end || cost.size() < 3;) {
+      const double start = now();
+      plain_steps(false);
+      const double middle = now();
+      plain_steps(true);
+      const double ingest = now();
+      drafter->ingest(b, ds, {kSteps, 256}, taps.data(), dkv);
+      const double stop = now();
+      without.push_back(middle - start);
+      tapping.push_back(ingest - middle);
+      ingesting.push_back(stop - ingest);
+      cost.push_back((stop - middle) / (middle - start) - 1.0);
+    }
+    const auto median = [](std::vector<double> v) {
+      std::sort(v.begin(), v.end());
+      return v[v.size() / 2];
+    };
+    std::printf("parked\t%d\t%.2f\t%.2f\t%.2f\t%.4f\n", kSteps, median(without) / kSteps * 1e6,
+                median(tapping) / kSteps * 1e6, median(ingesting) / kSteps * 1e6, median(cost));
   }
   return 0;
 } catch (const Error& e) {

@@ -10,6 +10,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "core/error.h"
 #include "core/gguf.h"
+#include "core/topology.h"
 #include "engine/engine.h"
 #include "engine/session.h"
 #include "quant/blocks.h"
@@ -170,6 +171,7 @@ py::dict stats_dict(const Stats& s) {
   d["drafted"] = s.drafted;
   d["accepted"] = s.accepted;
   d["proposed"] = s.proposed;
+  d["left_out_tokens"] = s.left_out_tokens;
   d["lookup_drafted"] = s.lookup_drafted;
   d["lookup_accepted"] = s.lookup_accepted;
   d["drafted_per_slot"] = s.drafted_per_slot;
@@ -319,15 +321,16 @@ void bind_gguf(py::module_& m) {
 void bind_model(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
       .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
-                       int n_threads, bool precise, const std::string& cpu_isa, bool repack, const py::object& progress,
-                       int tap_shift, std::optional<int32_t> mask_token_id, std::optional<int> n_ctx,
-                       const std::string& kv_type, int n_batch) {
+                       int n_threads, bool precise, const std::string& cpu_isa, bool repack, const std::string& numa,
+                       const py::object& progress, int tap_shift, std::optional<int32_t> mask_token_id,
+                       std::optional<int> n_ctx, const std::string& kv_type, int n_batch) {
              BackendOptions options;
              options.name = backend;
              options.n_threads = n_threads;
              options.precise = precise;
              options.cpu_isa = cpu_isa;
              options.repack = repack;
+             options.numa = numa;
              const Progress report = wrap_progress(progress);
              const DrafterOverrides overrides{tap_shift, mask_token_id.value_or(-1)};
              SessionOptions planned;
@@ -339,8 +342,9 @@ void bind_model(py::module_& m) {
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,
-           py::arg("progress") = py::none(), py::arg("tap_shift") = 0, py::arg("mask_token_id") = py::none(),
-           py::arg("n_ctx") = py::none(), py::arg("kv_type") = "auto", py::arg("n_batch") = 512)
+           py::arg("numa") = "auto", py::arg("progress") = py::none(), py::arg("tap_shift") = 0,
+           py::arg("mask_token_id") = py::none(), py::arg("n_ctx") = py::none(), py::arg("kv_type") = "auto",
+           py::arg("n_batch") = 512)
       .def_static(
           "synthetic",
           [](const py::dict& target, const py::object& drafter, const std::string& matrices, const std::string& head,
@@ -475,6 +479,7 @@ void bind_session(py::module_& m) {
              d["draft_seconds"] = draft;
              d["best_rate"] = p.best_rate();
              d["parked"] = p.parked();
+             d["asleep"] = p.asleep();
              return d;
            })
       .def("session_stats", [](const Session& s) { return stats_dict(s.session_stats()); })
@@ -572,6 +577,7 @@ void bind_policy(py::module_& m) {
       .def("verify_cost", &DepthPolicy::verify_cost, py::arg("width"))
       .def("draft_cost", &DepthPolicy::draft_cost, py::arg("n"))
       .def_property_readonly("parked", &DepthPolicy::parked)
+      .def_property_readonly("asleep", &DepthPolicy::asleep)
       .def_property_readonly("best_rate", &DepthPolicy::best_rate);
 }
 
@@ -601,6 +607,8 @@ PYBIND11_MODULE(_core, m) {
   bind_policy(m);
 
   m.def("cpu_isas", &cpu_isas);
+  m.def("default_threads", &ThreadPool::default_threads);
+  m.def("describe_numa", &describe_numa);
   m.def("backends", [] {
     py::dict out;
     for (const BackendStatus& s : backend_statuses()) out[py::str(s.name)] = s.problem;

@@ -80,6 +80,7 @@ def test_generate_json(nano_path: Path, nano_drafter_path: Path, tmp_path: Path)
         *("generate", "--target", str(nano_path), "--drafter", str(nano_drafter_path), "--prompt-file", str(prompt)),
         *("--json", "-n", "12", "--temperature", "1", "--top-k", "20", "--seed", "9", "--ignore-eos"),
         *("--precise", "--threads", "1", "--kv-type", "f32", "--cpu-isa", "plain", "--n-ctx", "128", "--no-repack"),
+        *("--numa", "interleave"),
     )
     answer = json.loads(done.stdout)
     assert len(answer["tokens"]) == 12
@@ -161,7 +162,9 @@ def test_doctor() -> None:
     report = json.loads(dflash("doctor", "--json").stdout)
     assert report["backends"]["cpu"] == ""
     assert report["instruction_sets"]["plain"] == ""
-    assert report["threads"]["usable by this process"] >= 1
+    threads = report["threads"]
+    assert 1 <= threads["used unless told otherwise"] <= threads["usable by this process"]
+    assert "node" in report["numa"]
     assert report["devices"] or report["devices_note"]
     assert all(report["instruction_sets"][isa] == "" for isa in dflash_cpp._core.cpu_isas())
     assert "backends" in dflash("doctor").stdout

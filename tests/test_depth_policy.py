@@ -85,6 +85,17 @@ def test_it_comes_back_when_the_text_changes() -> None:
     assert np.mean(np.array(run.drafted[700:]) > 0) > 0.9
 
 
+def test_a_drafter_far_from_paying_sleeps_between_probes() -> None:
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.4)
+    run = simulate([(Text(ACCEPTANCE["poor"]), 800)], moe(0.75), 0.4, seed=1, policy=policy)
+    asleep, drafted = np.array(run.asleep), np.array(run.drafted) > 0
+    assert asleep[400:].mean() > 0.4
+    for probe in np.flatnonzero(drafted):
+        assert not asleep[max(0, probe - 20) : probe].any(), "it hears of the text before it is asked"
+    near = simulate([(Text(ACCEPTANCE["card"]), 800)], moe(0.66), 0.1, seed=1)
+    assert not any(near.asleep), "nor does it sleep where drafting nearly pays"
+
+
 def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
     noise = Noise(load=lambda i: 2.0 if 300 <= i < 450 else 1.0)
     run = simulate([(Text(ACCEPTANCE["strong"]), 900)], moe(0.66), 0.1, seed=3, noise=noise)

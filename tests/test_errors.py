@@ -105,6 +105,8 @@ BAD_ENGINE_OPTIONS = [
     ({"kv_type": "q4_0"}, "kv_type.*'f16'.*q4_0"),
     ({"n_batch": 0}, "n_batch.*0"),
     ({"cpu_isa": "sse9"}, "cpu_isa.*sse9"),
+    ({"cpu_isa": "neon_i8mm" if "avx2" in _core.cpu_isas() else "avx2"}, "cpu_isa.*'plain'.*(neon_i8mm|avx2)"),
+    ({"numa": "some"}, "numa.*'interleave'.*some"),
     ({"progress": 3}, "progress.*3"),
     ({"n_thread": 3}, "unknown option 'n_thread'.*'n_threads'"),
 ]

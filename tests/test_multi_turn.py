@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import Ids
-from dflash_cpp import Engine
+from dflash_cpp import Engine, _core
 
 Make = Callable[..., Engine]
 
@@ -104,3 +104,24 @@ def test_chat_turns_reuse_the_cache(engine: Engine) -> None:
     assert second.stats.cached_tokens >= first.stats.prompt_tokens - 2
     engine.reset()
     assert engine.chat(messages, max_tokens=24).tokens == second.tokens
+
+
+def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
+    # Imposed chances of nothing: the drafter is soon not told of the text. Later turns draft around what it missed.
+    prompt = list(prompts[2])
+    session = engine.session
+    session.begin(prompt, _core.SamplingParams(), max_tokens=400, lookup=False, simulate_accept=[0.0])
+    while (at := session.prefill())[0] < at[1]:
+        pass
+    while session.step().stop is None:
+        pass
+    assert session.stats()["left_out_tokens"] > 100
+    middle = session.tokens[: len(prompt) + 150]  # back into what it missed
+    whole = [*session.tokens, *prompts[1][:30]]
+    drafted = {}
+    for text in (whole, [*middle, 7, 8]):
+        g = drafted[tuple(text)] = engine.generate(text, max_tokens=40, depth=3, ignore_eos=True)
+        assert g.stats.cached_tokens >= len(text) - 31, "what was left out is not run again"
+    engine.reset()
+    for text, g in drafted.items():
+        assert engine.generate(list(text), max_tokens=40, depth=0, ignore_eos=True).tokens == g.tokens

@@ -159,7 +159,8 @@ class Backend {
   // Takes a GGUF tensor over: maps, copies or repacks it. keep_alive owns t.data (a mapped file).
   virtual Weight load(const HostTensor& t, std::shared_ptr<const void> keep_alive) = 0;
   virtual void loaded() {}  // no load() follows for now: staging memory may go
-  // Memory of its own that load(t) will take; 0 where the file's mapping is used as it is.
+  // Memory that t will take while the model runs: of its own, or page cache where the file's mapping is used as it is
+  // (0 when only a little of the tensor is read).
   virtual size_t weight_bytes(const HostTensor& t) const = 0;
   // Random weights of a given shape, generated in backend memory, deterministic in seed (benchmarks and tests).
   virtual Weight random_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert, uint64_t seed) = 0;
@@ -226,10 +227,13 @@ class Backend {
 
 struct BackendOptions {
   std::string name = "auto";     // auto | cpu | hip
-  int n_threads = 0;             // 0: all cores this process may use
+  int n_threads = 0;             // 0: one for each core this process may use
   bool precise = false;          // f32 activations (CPU)
-  std::string cpu_isa = "auto";  // auto | plain | avx2 | avxvnni | avx512vnni | amx
+  std::string cpu_isa = "auto";  // auto | plain | avx2 | avxvnni | avx512vnni | amx | neon | neon_dotprod | neon_i8mm
   bool repack = true;            // CPU: repack weights at load where that pays
+  // CPU, memory of machines with several NUMA nodes: interleave | off (where it is first touched) | auto (interleave
+  // when the threads may run on more than one node)
+  std::string numa = "auto";
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);

@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
+#include "core/topology.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -44,12 +43,8 @@ constexpr uint64_t pack(uint32_t generation, int64_t begin, int64_t end) {
 }  // namespace
 
 int ThreadPool::default_threads() {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const int cores = physical_cores(allowed_cpus()), quota = cpu_quota();
+  return quota > 0 ? std::min(cores, quota) : cores;
 }
 
 ThreadPool::ThreadPool(int n_threads)

@@ -24,7 +24,8 @@ class ThreadPool {
 
   int size() const { return n_threads_; }
 
-  // The cores this process may run on (its affinity mask).
+  // The cores this process may run on: its affinity mask, which its threads inherit and nothing here changes, and the
+  // quota of its control group. Two hardware threads of a core count once: they share what the kernels are bound by.
   static int default_threads();
 
   // f(i, thread) for i in [0, n), thread in [0, size()). The first exception thrown by f is rethrown here after the

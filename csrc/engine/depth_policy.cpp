@@ -173,13 +173,15 @@ double Calibration::acceptance(int slot, float confidence) const {
   return (own.stood + kSlotWeight * general) / (own.total + kSlotWeight);
 }
 
-double Calibration::average(int slot) const {
+std::vector<double> Calibration::averages(int slots) const {
+  std::vector<double> out;
   double prior = kUnknownAcceptance;  // a slot never reached takes after the one before it
-  for (int i = 0; i <= slot; ++i) {
+  for (int i = 0; i < slots; ++i) {
     const Count& c = slot_[static_cast<size_t>(i)];
     prior = (c.stood + kPriorWeight * prior) / (c.total + kPriorWeight);
+    out.push_back(prior);
   }
-  return prior;
+  return out;
 }
 
 void Calibration::observe(int slot, float confidence, bool stood) {
@@ -210,11 +212,14 @@ constexpr int kCopyLook = 48;          // ... every so many candidates left asid
 constexpr int kCopyTry = 7;            // ... at this many tokens
 constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
 constexpr int kShortWait = 8;          // rounds to the first probe after parking, at least
-constexpr double kLongestWait = 160;   // and between probes that show nothing
+constexpr double kLongestWait = 200;   // and between probes that show nothing
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
-constexpr double kProbeShare = 0.005;      // of the time, that probes may cost in the long run ...
+constexpr double kProbeShare = 0.0035;     // of the time, that probes may cost in the long run ...
 constexpr double kFirstShare = 0.05;       // ... just after parking ...
 constexpr double kProbeMost = 0.02;        // ... and in the long run where kLongestWait is not long enough
+constexpr double kFar = 0.85;              // promise of a probe, against plain decoding, at which the drafter may sleep
+constexpr int kFarSlots = 2;               // slots that a probe asks for then
+constexpr int kAwake = 48;                 // rounds before the next probe that it hears of
 constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
@@ -237,7 +242,7 @@ int DepthPolicy::lookup_bucket(int match) {
 // A probe costs a drafter run, less what a second row brings where it is worth its time.
 double DepthPolicy::probe_loss() const {
   const double plain = verify_cost(1);
-  const double gain = std::max(0.0, calibration_.average(0) - (verify_cost(2) / plain - 1.0));
+  const double gain = std::max(0.0, calibration_.averages(1)[0] - (verify_cost(2) / plain - 1.0));
   return draft_cost(std::min(kFirstDepth, max_depth_)) / plain - gain;
 }
 
@@ -256,8 +261,7 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth, size_t rounds) const 
   Choice best{0, 1.0 / verify_cost(1)};
   const double price = std::max(rate_, best.rate);
   std::vector<double> tokens(static_cast<size_t>(max_depth) + 1, 0.0), seconds(tokens.size(), 0.0);
-  std::vector<double> average;
-  for (int i = 0; i < max_depth; ++i) average.push_back(calibration_.average(i));
+  const std::vector<double> average = calibration_.averages(max_depth);
   double weight = 1.0, weights = 0.0;
   for (size_t r = 0; r < std::min(rounds, replay_.size()); ++r) {
     const std::vector<float>& confidence = replay_[r];
@@ -347,8 +351,10 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     wait_ = interval_;
   }
   if (--wait_ > 0) return {};
-  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few.
-  return {DraftSource::dflash, std::min(std::max(draft.n, kFirstDepth), max_depth)};
+  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few, while there is
+  // something to learn.
+  const int slots = far_ && interval_ == longest_wait() ? kFarSlots : kFirstDepth;
+  return {DraftSource::dflash, std::min(std::max(draft.n, slots), max_depth)};
 }
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
@@ -415,7 +421,9 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   if (parked_) {
     probe_stood_ = o.accepted == o.verified ? o.accepted : -1;
     // A probe that looks as if drafting would pay, or did, is followed by another one at once.
-    if (best_draft(o.drafted, 1).rate > 1.0 / verify_cost(1) || pays(o.accepted)) {
+    const double promise = best_draft(o.drafted, 1).rate * verify_cost(1);  // against plain decoding
+    far_ = best_draft(o.drafted, replay_.size()).rate * verify_cost(1) < kFar && promise < kFar;
+    if (promise > 1.0 || pays(o.accepted)) {
       wait_ = 1;
     } else {
       interval_ = std::min(std::max(2 * interval_, first_wait()), longest_wait());
@@ -424,6 +432,8 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
   }
 }
+
+bool DepthPolicy::asleep() const { return parked_ && far_ && wait_ > kAwake; }
 
 // Whether a round with that many accepted drafts would have been worth its time.
 bool DepthPolicy::pays(int accepted) const {

@@ -86,7 +86,7 @@ class Calibration {
   static constexpr int kBins = 10;
   explicit Calibration(int max_depth);
   double acceptance(int slot, float confidence) const;
-  double average(int slot) const;  // whatever the confidence
+  std::vector<double> averages(int slots) const;  // of slots 1 .. slots, whatever the confidence
   void observe(int slot, float confidence, bool stood);
 
  private:
@@ -121,6 +121,9 @@ class DepthPolicy {
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
   double best_rate() const { return rate_; }                                                  // tokens a second
   bool parked() const { return parked_; }
+  // Parked, drafting far from paying, and the next probe some way off: until then the drafter need not be told of the
+  // text. Before a probe it hears of the last tokens, and of all from a probe on that shows more.
+  bool asleep() const;
 
  private:
   static constexpr size_t kReplay = 48;  // drafted rounds kept for replay
@@ -154,6 +157,7 @@ class DepthPolicy {
   int copies_left_ = 0;    // lookup candidates not taken, in a row
   int since_plain_ = 0;    // rounds since a target pass of one row
   bool parked_ = false;    // plain decoding, with probes
+  bool far_ = false;       // by the last probe, drafting is far from paying
   int active_rounds_ = 0;  // drafting rounds since it was last parked
   int wait_ = 0;           // rounds until the next probe
   int interval_ = 0;       // doubles while probes show no gain

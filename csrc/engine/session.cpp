@@ -120,19 +120,14 @@ void Session::rewind(int pos) {
     tokens_.resize(static_cast<size_t>(pos));
     lookup_.truncated(tokens_.size());
   }
-  if (pos <= drafter_pos_) {
-    drafter_pos_ = pos;
-    pending_ = 0;
-  } else {
-    pending_ = std::min(pending_, pos - drafter_pos_);
-  }
+  drafter_.rewind(pos);
 }
 
 // Keeps what the caches share with tokens, at most keep_at_most of it, and makes tokens the timeline. taps: the drafter
 // will be asked, so positions whose taps were not taken (plain decoding by choice) are run again.
 void Session::sync(const std::vector<int32_t>& tokens, size_t keep_at_most, bool taps) {
-  taps_ = taps && model_->drafter;
-  const size_t cached = static_cast<size_t>(taps_ ? drafter_pos_ + pending_ : pos_);
+  drafting_ = taps_ = taps && model_->drafter;
+  const size_t cached = static_cast<size_t>(drafting_ ? drafter_.reach() : pos_);
   const size_t most = std::min({cached, tokens.size(), keep_at_most});
   size_t common = 0;
   while (common < most && tokens[common] == tokens_[common]) ++common;
@@ -190,7 +185,7 @@ float* Session::pending_taps(int row) const {
 void Session::forward_prompt(const int32_t* tokens, int rows) {
   backend_.upload(token_buffer_.data, tokens, static_cast<size_t>(rows) * sizeof(int32_t));
   TapSink sink;
-  if (taps_) sink = {&model_->drafter->config().target_layers, pending_taps(pending_)};
+  if (taps_) sink = {&model_->drafter->config().target_layers, pending_taps(drafter_.pending())};
   model_->target->forward(backend_, scratch_, Step{rows, pos_}, token_buffer_.as<int32_t>(), kv_,
                           taps_ ? &sink : nullptr);
 }
@@ -209,22 +204,27 @@ void Session::forward_verify(const int32_t* tokens, int rows) {
 void Session::keep_taps(int rows) {
   if (!taps_) return;
   const int64_t width = static_cast<int64_t>(n_taps()) * model_->target->config().n_embd;
-  backend_.copy_rows(step_taps_.as<float>(), rows, width, pending_taps(pending_), width);
+  backend_.copy_rows(step_taps_.as<float>(), rows, width, pending_taps(drafter_.pending()), width);
 }
 
 void Session::commit(int rows) {
   pos_ += rows;
-  if (!taps_) return;
-  pending_ += rows;
-  if (pending_ >= kPendingTaps) ingest_pending();
+  if (!drafting_) return;
+  if (!taps_) {
+    drafter_.leave_out(rows);
+    stats_.left_out_tokens += rows;
+    return;
+  }
+  drafter_.keep(rows);
+  if (drafter_.pending() >= kPendingTaps) ingest_pending();
 }
 
 void Session::ingest_pending() {
-  if (pending_ == 0) return;
+  if (drafter_.pending() == 0) return;
   const Stopwatch watch;
-  for (int done = 0; done < pending_;) {
-    const int rows = std::min(pending_ - done, drafter_scratch_->max_rows);
-    const Step step{rows, drafter_pos_ + done};
+  for (int done = 0; done < drafter_.pending();) {
+    const int rows = std::min(drafter_.pending() - done, drafter_scratch_->max_rows);
+    const Step step{rows, drafter_.cached() + done};
     // A round's few rows always lie at the front: the same call every time but for the position.
     const bool recordable = done == 0 && rows <= model_->block_size();
     if (!recordable || !backend_.begin_step(step_key(StepKind::ingest, rows), step)) {
@@ -233,8 +233,7 @@ void Session::ingest_pending() {
     }
     done += rows;
   }
-  drafter_pos_ += pending_;
-  pending_ = 0;
+  drafter_.take_in();
   stats_.ingest_seconds += watch.seconds();
 }
 
@@ -270,7 +269,7 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   Drafts out;
   // Taking in the last round's few taps belongs to the draft's cost; a backlog of plain rounds does not: plain
   // decoding takes it in too, only later.
-  const bool backlog = pending_ > model_->block_size();
+  const bool backlog = drafter_.pending() > model_->block_size();
   const double ingested = stats_.ingest_seconds;
   Stopwatch watch;
   ingest_pending();
@@ -278,8 +277,8 @@ Session::Drafts Session::draft_dflash(int n, int room) {
   const int32_t anchor = tokens_.back();
   // As z-lab's generate: a block is never longer than what is left to generate, the anchor included.
   const int rows = whole_block_ ? std::min(model_->block_size(), room + 2) : n + 1;
-  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>(),
-                         draft_key(n, rows));
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, drafter_.cached(), n, rows, *drafter_kv_,
+                         logits_buffer_.as<float>(), draft_key(n, rows));
   std::vector<Top1> top(static_cast<size_t>(n));
   backend_.top1(logits_buffer_.as<float>(), n, model_->target->config().n_vocab, top.data());
   out.source = DraftSource::dflash;
@@ -470,6 +469,7 @@ StepResult Session::step() {
   const int n_tokens = static_cast<int>(tokens_.size());
   const int left = std::min(params_.max_tokens - (n_tokens - prompt_tokens_), options_.n_ctx - n_tokens);
   const Drafts drafts = propose(std::min(model_->block_size() - 1, left - 1));
+  taps_ = drafting_ && !(params_.depth < 0 && policy_.asleep());
   const Accepted accepted = verify(drafts);
   tokens_.insert(tokens_.end(), accepted.tokens.begin(), accepted.tokens.end());
   follow_drafts();
@@ -550,8 +550,8 @@ std::vector<float> Session::draft_logits(const std::vector<int32_t>& tokens, int
     fail("draft_logits: anchor from 0 to ", n_vocab - 1, " expected, found ", anchor);
   run_all(tokens);
   ingest_pending();
-  model_->drafter->draft(backend_, *drafter_scratch_, anchor, pos_, n, rows, *drafter_kv_, logits_buffer_.as<float>(),
-                         draft_key(n, rows));
+  model_->drafter->draft(backend_, *drafter_scratch_, anchor, drafter_.cached(), n, rows, *drafter_kv_,
+                         logits_buffer_.as<float>(), draft_key(n, rows));
   std::vector<float> out(static_cast<size_t>(n) * static_cast<size_t>(n_vocab));
   backend_.download(out.data(), logits_buffer_.data, out.size() * sizeof(float));
   return out;

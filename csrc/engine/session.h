@@ -9,6 +9,7 @@
 
 #include "engine/accept.h"
 #include "engine/depth_policy.h"
+#include "engine/drafter_timeline.h"
 #include "engine/engine.h"
 #include "engine/lookup.h"
 #include "engine/sampler.h"
@@ -124,12 +125,12 @@ class Session {
 
   std::vector<int32_t> tokens_;  // the timeline; all but the anchor (the last, while generating) are in the cache
   int pos_ = 0;                  // tokens whose K/V the target's cache holds
-  int drafter_pos_ = 0;          // tokens whose K/V the drafter's cache holds
-  int pending_ = 0;              // rows of taps_buffer_ not yet taken in: positions drafter_pos_ .. + pending_
+  DrafterTimeline drafter_;      // what of it the drafter's cache holds; its pending() are rows of taps_buffer_
   int prompt_tokens_ = 0;
-  bool taps_ = false;    // passes of this generation hand taps to the drafter
-  bool active_ = false;  // between begin() and the end of the generation
-  bool first_ = true;    // the next step commits the first token
+  bool drafting_ = false;  // this generation may ask the drafter
+  bool taps_ = false;      // the pass under way hands taps to it
+  bool active_ = false;    // between begin() and the end of the generation
+  bool first_ = true;      // the next step commits the first token
 
   GenerateParams params_;
   Sampler sampler_{SamplingParams{}};

@@ -18,7 +18,7 @@ struct SessionOptions {
 };
 
 // Committed tokens whose taps may wait, so that parked rounds cost no drafter pass.
-inline constexpr int kPendingTaps = 32;
+inline constexpr int kPendingTaps = 128;
 
 inline DType kv_dtype(const std::string& name, bool precise) {
   if (name == "auto") return precise ? DType::F32 : DType::F16;

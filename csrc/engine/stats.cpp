@@ -37,6 +37,7 @@ void Stats::add(const Stats& o) {
   drafted += o.drafted;
   accepted += o.accepted;
   proposed += o.proposed;
+  left_out_tokens += o.left_out_tokens;
   lookup_drafted += o.lookup_drafted;
   lookup_accepted += o.lookup_accepted;
   add_to(drafted_per_slot, o.drafted_per_slot);

@@ -23,6 +23,7 @@ struct Stats {
   int64_t accepted = 0;
   int64_t proposed = 0;                                      // slots the drafter computed, verified or not
   int64_t lookup_drafted = 0, lookup_accepted = 0;           // the share of prompt lookup
+  int64_t left_out_tokens = 0;                               // committed without the drafter, which slept
   std::vector<int64_t> drafted_per_slot, accepted_per_slot;  // [block_size - 1], slot 1 first, drafter only
   std::vector<int64_t> depth_histogram;                      // [block_size] steps that verified n drafts
   double prefill_seconds = 0, draft_seconds = 0, verify_seconds = 0, sample_seconds = 0, ingest_seconds = 0;

@@ -62,6 +62,7 @@ class Model:
         precise: bool = False,
         cpu_isa: str = "auto",
         repack: bool = True,
+        numa: str = "auto",
         progress: Callable[[str, int, int], None] | None = None,
         tap_shift: int = 0,
         mask_token_id: int | None = None,
@@ -199,10 +200,11 @@ class Session:
         drafted_per_slot, accepted_per_slot, depth_histogram, seconds {prefill, draft, verify, sample, ingest},
         verify_by_width[w] {calls, seconds} of target passes of w rows, draft_by_count[n] {calls, seconds},
         experts_by_width[w] and expert_calls_by_width[w] (distinct experts read, summed over layers and passes),
-        proposed (slots the drafter computed), lookup_drafted, lookup_accepted."""
+        proposed (slots the drafter computed), lookup_drafted, lookup_accepted,
+        left_out_tokens (committed while the drafter slept)."""
     def policy_state(self) -> dict[str, Any]:
         """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
-        parked."""
+        parked, asleep."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
@@ -247,8 +249,12 @@ class DepthPolicy:
     @property
     def parked(self) -> bool: ...
     @property
+    def asleep(self) -> bool: ...
+    @property
     def best_rate(self) -> float: ...
 
+def default_threads() -> int: ...
+def describe_numa() -> str: ...
 def cpu_isas() -> list[str]:
     """Instruction sets this CPU and build offer, best first ("avx512vnni", "avxvnni", "avx2", "plain")."""
 

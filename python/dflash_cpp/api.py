@@ -300,6 +300,7 @@ class Engine:
             precise=self.options.precise,
             cpu_isa=self.options.cpu_isa,
             repack=self.options.repack,
+            numa=self.options.numa,
             progress=self.options.progress,
             n_ctx=self.options.n_ctx,
             kv_type=self.options.kv_type,

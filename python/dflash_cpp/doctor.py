@@ -22,8 +22,12 @@ from .inspect_gguf import human_bytes
 # Processor flags that each instruction set needs, as Linux names them.
 ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    "amx": ("avx512_vnni", "amx_tile", "amx_int8"),
     "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),
     "avx2": ("avx2", "fma", "f16c"),
+    "neon_i8mm": ("asimddp", "i8mm"),
+    "neon_dotprod": ("asimddp",),
+    "neon": ("asimd",),
     "plain": (),
 }
 _PACKAGES: Final = ("numpy", "gguf", "safetensors", "tokenizers", "jinja2", "rich")
@@ -45,6 +49,7 @@ class Report:
     backends: dict[str, str]
     instruction_sets: dict[str, str]
     threads: dict[str, int]
+    numa: str
     memory: dict[str, int]
     devices: list[dict[str, Any]]
     devices_note: str
@@ -66,11 +71,12 @@ def _cpu_flags() -> set[str] | None:
 
 
 def instruction_sets() -> dict[str, str]:
-    """Every instruction set the kernels know -> "" when usable, else why not."""
+    """Every instruction set the kernels know for this architecture -> "" when usable, else why not."""
     usable, flags = _core.cpu_isas(), _cpu_flags()
     out = dict.fromkeys(usable, "")
+    arm = platform.machine() in ("aarch64", "arm64")
     for isa, needed in ISA_FLAGS.items():
-        if isa in out:
+        if isa in out or isa.startswith("neon") != arm:
             continue
         missing = [f for f in needed if flags is not None and f not in flags]
         out[isa] = f"this CPU has no {', '.join(missing)}" if missing else "not compiled into this build"
@@ -80,7 +86,11 @@ def instruction_sets() -> dict[str, str]:
 def _threads() -> dict[str, int]:
     cores = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return {"logical cores": cores, "usable by this process": allowed}
+    return {
+        "logical cores": cores,
+        "usable by this process": allowed,
+        "used unless told otherwise": _core.default_threads(),
+    }
 
 
 def _memory() -> dict[str, int]:
@@ -165,6 +175,7 @@ def examine() -> Report:
         backends=_core.backends(),
         instruction_sets=instruction_sets(),
         threads=_threads(),
+        numa=_core.describe_numa(),
         memory=_memory(),
         devices=devices,
         devices_note=note,
@@ -192,6 +203,7 @@ def render(report: Report) -> RenderableType:
         machine.add_row(f"build: {key}", value)
     for key, n in report.threads.items():
         machine.add_row(f"threads: {key}", str(n))
+    machine.add_row("numa", escape(report.numa))
     for key, n in report.memory.items():
         machine.add_row(f"memory: {key}", human_bytes(n))
     for key, value in report.packages.items():

@@ -24,6 +24,7 @@ LogitsHook = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
 
 BACKENDS: Final = ("auto", "cpu", "hip")
 KV_TYPES: Final = ("auto", "f16", "q8_0", "f32")
+NUMA: Final = ("auto", "off", "interleave")
 MAX_SEED: Final = 2**63 - 1
 
 
@@ -38,6 +39,7 @@ class EngineKwargs(TypedDict, total=False):
     n_batch: int
     cpu_isa: str
     repack: bool
+    numa: str
     progress: LoadProgress | None
 
 
@@ -98,11 +100,14 @@ class EngineOptions:
     backend: "auto", "cpu" or "hip".
     precise: f32 activations (the reference mode, slower) instead of int8 ones.
     n_ctx: tokens of context, prompt and answer together.
-    n_threads: CPU threads; None: one for each core this process may use.
+    n_threads: CPU threads; None: one for each core this process may use (affinity mask and container quota).
     kv_type: cache type, "f16", "q8_0", "f32" or "auto" (f16; f32 in precise mode).
     n_batch: prompt tokens of one prefill chunk.
     cpu_isa: instruction set, "auto" (the best one) or one that `dflash-cpp doctor` lists.
-    repack: reorder weights in memory for speed; off, they are read where the file is mapped.
+    repack: reorder weights in memory for speed; off, they are used where the file is mapped: opening is instant,
+        several processes share them, what does not fit is read again, and steps are slower (docs/performance.md).
+    numa: memory on machines with several NUMA nodes: "interleave" it over those the threads may run on, "off" (where
+        it is first touched) or "auto" (interleave when there is more than one).
     progress: called with (stage, done bytes, total bytes) while weights are loaded.
     """
 
@@ -114,6 +119,7 @@ class EngineOptions:
     n_batch: int = 512
     cpu_isa: str = "auto"
     repack: bool = True
+    numa: str = "auto"
     progress: LoadProgress | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +132,7 @@ class EngineOptions:
         _check_int("n_batch", self.n_batch, 1, 2**16)
         _check_choice("cpu_isa", self.cpu_isa, ("auto", *_core.cpu_isas()))
         _check_bool("repack", self.repack)
+        _check_choice("numa", self.numa, NUMA)
         if self.progress is not None and not callable(self.progress):
             raise _fail("progress", "a function of (stage, done, total) or None", self.progress)
 

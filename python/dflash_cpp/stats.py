@@ -68,6 +68,7 @@ class Stats:
     steps: verify rounds; the first token comes from the prefill and belongs to none of them.
     drafted, accepted: drafts verified and kept, whoever proposed them; proposed: slots the drafter computed.
     drafted_per_slot, accepted_per_slot: the drafter's, in slots 1, 2, ...
+    left_out_tokens: committed while drafting was so far from paying that the drafter was not even told of them.
     lookup_drafted, lookup_accepted: prompt lookup's.
     depth_histogram: rounds by the number of drafts verified, from 0.
     seconds: time by stage: prefill, draft, verify, sample, ingest.
@@ -90,6 +91,7 @@ class Stats:
     proposed: int
     drafted_per_slot: tuple[int, ...]
     accepted_per_slot: tuple[int, ...]
+    left_out_tokens: int
     lookup_drafted: int
     lookup_accepted: int
     depth_histogram: tuple[int, ...]
@@ -131,6 +133,7 @@ class Stats:
             proposed=int(rest.pop("proposed", 0)),
             drafted_per_slot=_ints(rest.pop("drafted_per_slot", ())),
             accepted_per_slot=_ints(rest.pop("accepted_per_slot", ())),
+            left_out_tokens=int(rest.pop("left_out_tokens", 0)),
             lookup_drafted=int(rest.pop("lookup_drafted", 0)),
             lookup_accepted=int(rest.pop("lookup_accepted", 0)),
             depth_histogram=_ints(rest.pop("depth_histogram", ())),

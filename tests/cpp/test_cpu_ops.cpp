@@ -447,6 +447,14 @@ void test_file_mapping() {
   const size_t padded = static_cast<size_t>(3 * cpu::panels_of(1000)) * cpu::panel_bytes(mapped);
   CHECK(std::memcmp(mapped.data, copied.data, padded) == 0);
   CHECK(std::memcmp(file->data(), m.bytes.data(), m.bytes.size()) == 0);
+  CHECK(b->weight_bytes(t) == padded && b->memory().hint.find("repack=False") != std::string::npos);
+
+  // Not repacked, the mapping itself is the weight, and takes its bytes of page cache; of an embedding some rows do.
+  const auto as_is = backend("auto", false, 2, false);
+  CHECK(as_is->load(t, file).data == file->data());
+  CHECK(as_is->weight_bytes(t) == m.bytes.size() && as_is->memory().hint.empty());
+  t.name = "token_embd.weight";
+  CHECK(as_is->weight_bytes(t) == 0 && b->weight_bytes(t) == 0);
 }
 
 void test_errors() {
@@ -512,7 +520,10 @@ int main() {
     b.plain = backend("plain", precise, 1);
     b.unpacked = backend("auto", precise, 2, false);
     for (const int threads : {2, 3, 4}) b.others.push_back(backend("auto", precise, threads));
-    for (const std::string& isa : cpu_isas()) b.others.push_back(backend(isa, precise, 1));
+    for (const std::string& isa : cpu_isas()) {
+      b.others.push_back(backend(isa, precise, 1));
+      if (!precise) b.others.push_back(backend(isa, precise, 1, false));
+    }
     b.others.push_back(backend("auto", precise, 2));
     for (const Case& c : cases) check_case(c, b, precise);
     test_ties_and_extremes(*b.others.back(), precise);

@@ -5,9 +5,11 @@
 #include <random>
 
 #include "backend/backend.h"
+#include "backend/cpu/row_sampler.h"
 #include "check.h"
 #include "engine/accept.h"
 #include "engine/depth_policy.h"
+#include "engine/drafter_timeline.h"
 #include "engine/lookup.h"
 #include "engine/sampler.h"
 
@@ -133,6 +135,51 @@ void test_sampler() {
   bad = {};
   bad.logit_bias[5] = 1.0f;
   CHECK_THROWS((check_sampling(bad, 5), 0), "logit_bias");
+}
+
+// A long row with ties: what is drawn at u is where the distribution, in the order documented, passes u; and top_p
+// keeps the fewest tokens. The reference sorts everything.
+void test_long_rows() {
+  std::mt19937 random(3);
+  constexpr int64_t kVocab = 5000;
+  std::vector<float> logits(kVocab);
+  cpu::RowSampler sampler;
+  for (int round = 0; round < 60; ++round) {
+    const float spread = round % 3 == 0 ? 0.0f : round % 3 == 1 ? 0.3f : 3.0f;
+    for (float& l : logits) l = std::normal_distribution<float>(0.0f, spread)(random);
+    if (round % 4 == 0) std::fill_n(logits.begin() + 100, 2000, logits[7]);
+    Sampling s;
+    s.temperature = round % 2 == 0 ? 1.0f : 0.6f;
+    s.top_p = round % 5 == 0 ? 1.0f : 0.9f;
+    s.top_k = round % 7 == 0 ? 300 : 0;
+    s.draws = {static_cast<uint64_t>(random()) << 21};
+
+    std::vector<std::pair<double, int32_t>> order;  // minus weight, id
+    const float top = *std::max_element(logits.begin(), logits.end());
+    for (int32_t id = 0; id < kVocab; ++id) {
+      order.push_back({-std::exp((double{logits[static_cast<size_t>(id)]} - top) / s.temperature), id});
+    }
+    order.erase(std::remove_if(order.begin(), order.end(), [](const auto& o) { return o.first > -0x1p-45; }),
+                order.end());  // those are never drawn
+    if (s.top_k > 0 || s.top_p < 1.0f) std::sort(order.begin(), order.end());
+    if (s.top_k > 0) order.resize(static_cast<size_t>(s.top_k));
+    double total = 0.0, mass = 0.0;
+    for (const auto& [weight, id] : order) total -= weight;
+    size_t kept = 0;
+    while (kept < order.size() && (s.top_p >= 1.0f || mass < s.top_p * total)) mass -= order[kept++].first;
+    double left = static_cast<double>(s.draws[0]) * 0x1.0p-53 * mass;
+    size_t at = 0;
+    while (at + 1 < kept && (left += order[at].first) >= 0.0) ++at;
+
+    sampler.edit(s, 0, logits.data(), kVocab);
+    const std::vector<double> distribution = sampler.distribution(s);
+    CHECK(static_cast<size_t>(
+              std::count_if(distribution.begin(), distribution.end(), [](double p) { return p > 0; })) == kept);
+    for (size_t i = 0; i < kept; ++i) {
+      CHECK(std::abs(distribution[static_cast<size_t>(order[i].second)] + order[i].first / mass) < 1e-12);
+    }
+    CHECK(sampler.draw(s, 0) == order[at].second);
+  }
 }
 
 // The backend op draws each row as the sampler draws it behind its drafts, and stops where a draft does not stand.
@@ -272,12 +319,47 @@ void test_policy() {
   CHECK(table.at(0) < 12.0);  // one outlier does not move a median
 }
 
+// Against a list that says of every token whether the drafter has it (1), is owed it (2) or missed it (0).
+void test_drafter_timeline() {
+  std::mt19937 random(7);
+  DrafterTimeline timeline;
+  Ids naive;
+  for (int i = 0; i < 5000; ++i) {
+    const int n = static_cast<int>(random() % 7);
+    const unsigned what = random() % 8;
+    if (what < 3) {
+      timeline.keep(n);
+      naive.insert(naive.end(), static_cast<size_t>(n), 2);
+    } else if (what < 5) {
+      timeline.take_in();
+      std::replace(naive.begin(), naive.end(), 2, 1);
+    } else if (what < 7) {
+      timeline.leave_out(n);
+      naive.insert(naive.end(), static_cast<size_t>(n), 0);
+      std::replace(naive.begin(), naive.end(), 2, 0);  // what waited would be torn from what follows
+    } else {
+      const size_t pos = naive.size() - std::min(naive.size(), static_cast<size_t>(random() % 40));
+      timeline.rewind(static_cast<int>(pos));
+      naive.resize(pos);
+    }
+    const auto count = [&](int state) { return static_cast<int>(std::count(naive.begin(), naive.end(), state)); };
+    CHECK(timeline.reach() == static_cast<int>(naive.size()));
+    CHECK(timeline.cached() == count(1));
+    CHECK(timeline.pending() == count(2));
+    CHECK(timeline.left_out() == count(0));
+  }
+  timeline.rewind(0);
+  CHECK(timeline.reach() == 0 && timeline.left_out() == 0);
+}
+
 }  // namespace
 
 int main() {
+  test_drafter_timeline();
   test_accept();
   test_sampler();
   test_sample_op();
+  test_long_rows();
   test_lookup();
   test_policy();
   return test::report("test_engine");

@@ -12,13 +12,14 @@
 
 #include "backend/cpu/isa.h"
 #include "core/error.h"
+#include "core/topology.h"
 #include "quant/blocks.h"
 
 namespace dflash::cpu {
 namespace {
 
-constexpr size_t kHugeFrom = 4 << 20;  // larger buffers come from mmap with huge pages: fewer TLB misses when streamed
-constexpr size_t kArena = 32 << 20;    // smaller weights share huge pages of this much address space
+constexpr size_t kMapFrom = 4 << 20;  // larger buffers come from mmap
+constexpr size_t kArena = 32 << 20;   // smaller weights share huge pages of this much address space
 
 // Reproducible noise: splitmix64.
 struct Noise {
@@ -114,6 +115,16 @@ size_t mem_available(size_t total) {
   return total;
 }
 
+// Every thread reads all of the weights in turn, so the nodes serve them best together: no node's memory is the
+// bottleneck, whichever thread takes which part.
+std::vector<int> interleaved_nodes(const std::string& numa) {
+  if (numa == "off") return {};
+  const std::vector<int> nodes = numa_nodes(allowed_cpus());
+  if (numa == "interleave") return nodes;
+  if (numa == "auto") return nodes.size() > 1 ? nodes : std::vector<int>();
+  fail("numa: 'auto', 'off' or 'interleave' expected, found '", numa, "'");
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(const BackendOptions& options)
@@ -121,6 +132,7 @@ CpuBackend::CpuBackend(const BackendOptions& options)
       k_(select_kernels(options.cpu_isa)),
       precise_(options.precise),
       repack_(options.repack && !options.precise),
+      nodes_(interleaved_nodes(options.numa)),
       thread_(static_cast<size_t>(pool_.size())) {}
 
 std::string CpuBackend::describe() const {
@@ -133,18 +145,18 @@ MemoryInfo CpuBackend::memory() const {
   MemoryInfo info;
   info.total = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
   info.free = mem_available(info.total);
+  if (repack_)
+    info.hint = "repack=False (weights stay in the file's mapping: what does not fit is read again, not swapped)";
   return info;
 }
 
 Buffer CpuBackend::alloc(size_t bytes) {
   Buffer b;
   b.bytes = bytes;
-  if (bytes >= kHugeFrom) {
+  if (bytes >= kMapFrom) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p != MAP_FAILED) {
-#if defined(MADV_HUGEPAGE)
-      madvise(p, bytes, MADV_HUGEPAGE);
-#endif
+      if (!nodes_.empty()) (void)interleave(p, bytes, nodes_);  // refused: as good as one node gets (doctor says it)
       b.data = p;
       b.owner = std::shared_ptr<void>(p, [bytes](void* q) { munmap(q, bytes); });
     }
@@ -156,11 +168,21 @@ Buffer CpuBackend::alloc(size_t bytes) {
   return b;
 }
 
+// Weights get huge pages: fewer TLB misses when streamed. Other buffers do not: they are read from caches or far less
+// often, and the first token would clear 2 MB wherever it touches them.
+Buffer CpuBackend::alloc_huge(size_t bytes) {
+  Buffer b = alloc(bytes);
+#if defined(MADV_HUGEPAGE)
+  madvise(b.data, bytes, MADV_HUGEPAGE);
+#endif
+  return b;
+}
+
 Buffer CpuBackend::alloc_weight(size_t bytes) {
-  if (bytes >= kHugeFrom) return alloc(bytes);
+  if (bytes >= kMapFrom) return alloc_huge(bytes);
   const size_t padded = (bytes + 63) / 64 * 64;
   if (!arena_.data || arena_used_ + padded > arena_.bytes) {
-    arena_ = alloc(kArena);  // pages that stay untouched cost nothing; the weights in it keep the last one alive
+    arena_ = alloc_huge(kArena);  // pages that stay untouched cost nothing; the weights in it keep the last one alive
     arena_used_ = 0;
   }
   Buffer b;
@@ -230,7 +252,8 @@ Weight CpuBackend::load(const HostTensor& t, std::shared_ptr<const void> keep_al
 }
 
 size_t CpuBackend::weight_bytes(const HostTensor& t) const {
-  if (!repacks(t)) return 0;
+  if (!read_whole(t)) return 0;
+  if (!repacks(t)) return t.bytes;  // page cache
   return panel_bytes(t.type, t.n_in) * static_cast<size_t>(panels_of(t.n_out) * t.n_expert);
 }
 

@@ -104,8 +104,9 @@ class CpuBackend final : public Backend {
   ExpertCount take_expert_count() override;
 
  private:
-  // Vectors are read as they are, and from the embedding table only rows are read.
-  bool repacks(const HostTensor& t) const { return repack_ && t.n_out > 1 && t.name != "token_embd.weight"; }
+  // Vectors are small, and from the embedding table only rows are read.
+  static bool read_whole(const HostTensor& t) { return t.n_out > 1 && t.name != "token_embd.weight"; }
+  bool repacks(const HostTensor& t) const { return repack_ && read_whole(t); }
 
   // f(i, thread) for i in [0, n); on the calling thread alone when the loop touches too few bytes to share.
   template <typename F>
@@ -118,6 +119,7 @@ class CpuBackend final : public Backend {
   }
   static constexpr size_t kSerialBytes = 48 << 10;  // about 2 us of work
 
+  Buffer alloc_huge(size_t bytes);  // at least kMapFrom
   Buffer alloc_weight(size_t bytes);
   bool int8_path(const Weight& w) const { return is_quantized(w.type) && !precise_; }
 
@@ -173,6 +175,7 @@ class CpuBackend final : public Backend {
   const Kernels& k_;
   const bool precise_;
   const bool repack_;
+  const std::vector<int> nodes_;  // NUMA nodes that large allocations are interleaved over; empty: none
   ExpertCount count_;
   Buffer arena_;
   size_t arena_used_ = 0;

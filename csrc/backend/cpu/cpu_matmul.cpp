@@ -59,28 +59,30 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
 
   const ActBlock* a[kMaxRows];
   float* out[kMaxRows];
-  const auto run = [&](const uint8_t* panels, int first, int count, const uint8_t* after) {  // count panels
+  const auto run = [&](const uint8_t* panels, int first, int count, const uint8_t* after, bool cached) {
     const int64_t valid = std::min<int64_t>(kPanel, w.n_out - first_row - first * kPanel);
-    for (int r = 0; r < rows.count; r += k_.panel_rows) {
-      const int m = std::min(k_.panel_rows, rows.count - r);
+    const int passes = (rows.count + k_.panel_rows - 1) / k_.panel_rows;
+    for (int r = 0, pass = 0; pass < passes; ++pass) {
+      const int m = (rows.count - r) / (passes - pass);  // as even as can be
       float edge[kMaxRows][kPanel];
       for (int i = 0; i < m; ++i) {
         a[i] = x.q + rows[r + i] * n_groups;
         out[i] = valid < kPanel ? edge[i] : y + (r + i) * stride + first * kPanel;
       }
-      k_.panels(w.type, panels, count, n_groups, a, m, out, r + m < rows.count ? panels : after);
+      k_.panels(w.type, panels, count, n_groups, a, m, out, pass + 1 < passes ? panels : after, cached || pass > 0);
       if (valid < kPanel) {
         for (int i = 0; i < m; ++i) {
           std::memcpy(y + (r + i) * stride + first * kPanel, edge[i], static_cast<size_t>(valid) * sizeof(float));
         }
       }
+      r += m;
     }
   };
 
   if (const uint8_t* packed = panel_at(w, expert, panel)) {
     const uint8_t* edge = packed + bytes * static_cast<size_t>(whole);
-    if (whole > 0) run(packed, 0, whole, whole < n_panels ? edge : next);
-    if (whole < n_panels) run(edge, whole, 1, next);
+    if (whole > 0) run(packed, 0, whole, whole < n_panels ? edge : next, false);
+    if (whole < n_panels) run(edge, whole, 1, next, false);
     return;
   }
   uint8_t* scratch = thread_[static_cast<size_t>(thread)].panel.get<uint8_t>(bytes);
@@ -89,7 +91,7 @@ void CpuBackend::multiply_panels(const Weight& w, int64_t expert, int64_t panel,
     const int64_t first = first_row + p * kPanel;
     const int n_rows = static_cast<int>(std::min<int64_t>(kPanel, w.n_out - first));
     k_.pack_panel(w.type, data + row * static_cast<size_t>(expert * w.n_out + first), n_rows, n_groups, scratch);
-    run(scratch, p, 1, scratch);
+    run(scratch, p, 1, scratch, true);
   }
 }
 

@@ -10,12 +10,19 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace dflash::cpu {
 
 extern const Kernels kKernels_plain;
 #if defined(__x86_64__)
 extern const Kernels kKernels_avx2, kKernels_avxvnni, kKernels_avx512vnni, kKernels_amx;
+#elif defined(__aarch64__)
+extern const Kernels kKernels_neon, kKernels_neon_dotprod, kKernels_neon_i8mm;
 #endif
 
 namespace {
@@ -53,6 +60,28 @@ CpuFeatures read_features() {
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && bit(a, 4);
   return f;
 }
+#elif defined(__aarch64__)
+struct CpuFeatures {
+  bool dotprod = false, i8mm = false;
+};
+
+CpuFeatures read_features() {
+  CpuFeatures f;
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  f.dotprod = (getauxval(AT_HWCAP) & kDotprod) != 0;
+  f.i8mm = (getauxval(AT_HWCAP2) & kI8mm) != 0;
+#elif defined(__APPLE__)
+  const auto has = [](const char* feature) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  f.dotprod = has("hw.optional.arm.FEAT_DotProd");
+  f.i8mm = has("hw.optional.arm.FEAT_I8MM");
+#endif
+  return f;
+}
 #endif
 
 }  // namespace
@@ -66,6 +95,11 @@ std::vector<const Kernels*> available_kernels() {
   if (f.amx) list.push_back(&kKernels_amx);
   if (f.avxvnni) list.push_back(&kKernels_avxvnni);
   if (f.avx2) list.push_back(&kKernels_avx2);
+#elif defined(__aarch64__)
+  const CpuFeatures f = read_features();
+  if (f.dotprod && f.i8mm) list.push_back(&kKernels_neon_i8mm);
+  if (f.dotprod) list.push_back(&kKernels_neon_dotprod);
+  list.push_back(&kKernels_neon);
 #endif
   list.push_back(&kKernels_plain);
   return list;

@@ -13,16 +13,19 @@
 
 #include "quant/dtype.h"
 
+#define DFLASH_UNROLL _Pragma("GCC unroll 32")  // arrays of registers stay in registers
+
 namespace dflash::cpu {
 
 inline constexpr int kPanel = 16;     // output rows a quantised kernel handles together
 inline constexpr int kMaxRows = 16;   // activation rows per kernel call, at most
 inline constexpr int kKvChunk = 256;  // key positions per attention split, counted from position 0
 
-// 32 activations: x[i] = q[i] * d. d stays f32 (layer 61 of M2.7 overflows f16). sum = sum of q.
+// 32 activations: x[i] = q[i] * d. d stays f32 (layer 61 of M2.7 overflows f16). bias8 = -8 times the sum of q, what
+// the nibbles' offset of 8 adds to a dot product (bytes, offset by 128: 16 times that).
 struct ActBlock {
   float d;
-  int32_t sum;
+  int32_t bias8;
   int8_t q[32];
 };
 static_assert(sizeof(ActBlock) == 40);
@@ -73,9 +76,9 @@ struct Kernels {
   // y[i] of n elements in blocks of 32; n is a multiple of 32.
   void (*quantize)(const float* x, int64_t n, ActBlock* y);
   // y[r][16 p ...] for n_panels consecutive panels and m <= panel_rows rows of activations. next: the weights that will
-  // be read after these (null: what follows them), fetched towards the end.
+  // be read after these (null: what follows them), fetched towards the end. cached: these were read just now.
   void (*panels)(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                 float* const* y, const uint8_t* next);
+                 float* const* y, const uint8_t* next, bool cached);
   // Interleaves n_rows <= 16 GGUF rows into one panel.
   void (*pack_panel)(DType type, const uint8_t* rows, int n_rows, int64_t n_groups, uint8_t* panel);
   // y[r][i] for n_rows consecutive weight rows of an unquantised type, m <= kMaxRows: GGUF rows, or the rows of panels.

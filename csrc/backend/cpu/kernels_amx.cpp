@@ -89,8 +89,8 @@ void amx_panels_t(const uint8_t* w, int n_panels, int64_t n_groups, const ActBlo
         _mm256_store_si256(reinterpret_cast<__m256i*>(a.q[g][r]),
                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.q)));
         a.d[g][r] = block.d;
-        a.bias[g][r] = (T == DType::Q8_0 ? -128 : -8) * block.sum;
-        a.d_sum[g][r] = block.d * static_cast<float>(block.sum);
+        a.bias[g][r] = (T == DType::Q8_0 ? 16 : 1) * block.bias8;
+        a.d_sum[g][r] = block.d * (-0.125f * static_cast<float>(block.bias8));
       }
     }
     for (int p = 0; p < n_panels; ++p) {
@@ -128,8 +128,8 @@ void amx_panels_t(const uint8_t* w, int n_panels, int64_t n_groups, const ActBlo
 }
 
 void amx_panels(DType type, const uint8_t* w, int n_panels, int64_t n_groups, const ActBlock* const* x, int m,
-                float* const* y, const uint8_t* next) {
-  if (m < kAmxFrom) return panels(type, w, n_panels, n_groups, x, m, y, next);
+                float* const* y, const uint8_t* next, bool cached) {
+  if (m < kAmxFrom) return panels(type, w, n_panels, n_groups, x, m, y, next, cached);
   switch (type) {
     case DType::Q4_0:
       return amx_panels_t<DType::Q4_0>(w, n_panels, n_groups, x, m, y);

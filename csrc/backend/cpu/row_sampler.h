@@ -22,13 +22,25 @@ class RowSampler {
     int32_t id;
     float logit;
   };
-  // Fills candidates_ and weights_ (unnormalised) of the tokens that survive min_p, top_k and top_p; their sum.
-  double keep(const Sampling& s);
+  struct Nucleus {  // what top_p keeps: bins below last_bin, and the first of it
+    size_t last_bin = 0, in_last = 0;
+    double mass = 0.0;
+  };
+  static bool better(const Candidate& a, const Candidate& b);  // more probable; ties: the lower id
   int32_t largest() const;
+  void collect(const Sampling& s);
+  double weight(const Sampling& s, const Candidate& c) const;
+  size_t bin(const Sampling& s, const Candidate& c) const;
+  void sort_bin(const Sampling& s, size_t which);
+  Nucleus nucleus(const Sampling& s);
+  void cut_sorted(const Sampling& s);
 
   std::vector<float> row_;
   std::vector<Candidate> candidates_;
-  std::vector<double> weights_;
+  std::vector<double> weights_;    // of candidates_, unnormalised
+  std::vector<double> bins_;       // mass by bin of probability
+  std::vector<Candidate> in_bin_;  // of the bin looked at last
+  float top_ = 0.0f;               // the row's largest logit
 };
 
 }  // namespace dflash::cpu

@@ -3,6 +3,8 @@
 // shared memory; a running maximum and sum per query. A row's result does not depend on the rows beside it: tiles it
 // does not see leave its sums as they are.
 
+#include <type_traits>
+
 #include "backend/hip/few_rows.h"
 #include "backend/hip/gpu_flash.h"
 #include "backend/hip/kernels.h"
@@ -44,9 +46,11 @@ struct OctetReader {
     }
   }
 
+  __device__ inline const uint8_t* at(int pos) const { return data + static_cast<int64_t>(pos) * (HeadDim * 2); }
+
   __device__ inline uint4 load(int pos) const {
     if constexpr (T == DType::F16) {
-      return *reinterpret_cast<const uint4*>(data + static_cast<int64_t>(pos) * (HeadDim * 2));
+      return *reinterpret_cast<const uint4*>(at(pos));
     } else {
       const uint2 v = *reinterpret_cast<const uint2*>(data + static_cast<int64_t>(pos) * HeadDim);
       const float d = gpu::half_to_float(scales[static_cast<int64_t>(pos) * (HeadDim / 32)]);
@@ -64,19 +68,248 @@ __device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
   return __byte_perm(x, y, i % 2 == 0 ? 0x5410 : 0x7632);
 }
 
+// Keys and values of a tile in shared memory, and the two products with them.
+//
+// For instructions of one wave: keys as [key][octet of dims, turned], values transposed, [dim][octet of keys in
+// flash_key() order, turned].
+template <DType T, int HeadDim>
+class TurnedTile {
+ public:
+  static constexpr int kBytes = kFlashKeys * HeadDim * 2;
+
+  __device__ inline TurnedTile(const KvLayer& kv, int kv_head, uint8_t* keys, uint8_t* values)
+      : octet_(static_cast<int>(threadIdx.x) % kOctets),
+        row_(static_cast<int>(threadIdx.x) / kOctets),
+        key_reader_(kv, kv.k, kv_head, octet_ * 8),
+        value_reader_(kv, kv.v, kv_head, octet_ * 8),
+        keys_(keys),
+        values_(values) {}
+
+  template <typename At>
+  static __device__ inline gpu::FlashOperand queries(int d, At at) {
+    return gpu::flash_queries([&](int query, int part) {
+      const float* q = at(query, d * 32 + part * 8);
+      const float4 a = *reinterpret_cast<const float4*>(q), b = *reinterpret_cast<const float4*>(q + 4);
+      return make_uint4(gpu::F16::pack(a.x, a.y), gpu::F16::pack(a.z, a.w), gpu::F16::pack(b.x, b.y),
+                        gpu::F16::pack(b.z, b.w));
+    });
+  }
+
+  __device__ inline void begin(int, int) {}
+
+  // s = the queries times the keys of the tile from key0 on.
+  template <int Dims>
+  __device__ inline void scores(const gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0,
+                                int end) {
+    load(key0, end);
+    // In both products a result is not touched twice in a row: its sum takes a while.
+#pragma unroll
+    for (int j0 = 0; j0 < kFlashKeys / 16; j0 += gpu::kFlashPair) {
+#pragma unroll
+      for (int j = j0; j < j0 + gpu::kFlashPair; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
+      }
+#pragma unroll
+      for (int d = 0; d < Dims; ++d) {
+        gpu::FlashOperand k[gpu::kFlashPair];
+#pragma unroll
+        for (int j = 0; j < gpu::kFlashPair; ++j) {
+          k[j] = gpu::flash_others([&](int row, int part) {
+            return *reinterpret_cast<const uint4*>(keys_ +
+                                                   (row * kOctets + gpu::flash_piece(d * 4 + part, row, kOctets)) * 16 +
+                                                   (j0 + j) * 16 * HeadDim * 2);
+          });
+        }
+#pragma unroll
+        for (int depth = 0; depth < 2; ++depth) {
+#pragma unroll
+          for (int j = 0; j < gpu::kFlashPair; ++j) gpu::flash_mma(s[j0 + j], q[d].k[depth], k[j].k[depth]);
+        }
+        gpu::keep_order();
+      }
+    }
+  }
+
+  // o += the weights times the values.
+  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int, int) {
+#pragma unroll
+    for (int j = 0; j < kFlashKeys / 32; ++j) {
+      const gpu::FlashWords w[2] = {gpu::flash_weights(s[2 * j]), gpu::flash_weights(s[2 * j + 1])};
+#pragma unroll
+      for (int d0 = 0; d0 < HeadDim / 16; d0 += gpu::kFlashPair) {
+        gpu::FlashOperand v[gpu::kFlashPair];
+#pragma unroll
+        for (int d = 0; d < gpu::kFlashPair; ++d) {
+          v[d] = gpu::flash_others([&](int row, int part) {
+            const int turned = (j * 4 + part) ^ ((d0 + d) * 2 + row / 8) % kKeyPieces;
+            return *reinterpret_cast<const uint4*>(values_ +
+                                                   (row * kKeyPieces + gpu::flash_piece(turned, row, kKeyPieces)) * 16 +
+                                                   (d0 + d) * 16 * kFlashKeys * 2);
+          });
+        }
+#pragma unroll
+        for (int depth = 0; depth < 2; ++depth) {
+#pragma unroll
+          for (int d = 0; d < gpu::kFlashPair; ++d) gpu::flash_mma(o[d0 + d], w[depth], v[d].k[depth]);
+        }
+        gpu::keep_order();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kOctets = HeadDim / 8;
+
+  __device__ inline void load(int key0, int end) {
+    auto safe = [&](int key) { return min(key0 + key, end - 1); };
+    __syncthreads();                                   // the tile before has been read
+    constexpr int kKeyRows = kFlashThreads / kOctets;  // keys the block loads at once
+    constexpr int kKeyBatch = kFlashKeys / kKeyRows < 4 ? kFlashKeys / kKeyRows : 4;
+#pragma unroll
+    for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kKeyBatch) {
+      uint4 v[kKeyBatch];
+#pragma unroll
+      for (int i = 0; i < kKeyBatch; ++i) v[i] = key_reader_.load(safe((i0 + i) * kKeyRows + row_));
+#pragma unroll
+      for (int i = 0; i < kKeyBatch; ++i) {
+        const int key = (i0 + i) * kKeyRows + row_;
+        *reinterpret_cast<uint4*>(keys_ + (key * kOctets + gpu::flash_piece(octet_, key, kOctets)) * 16) = v[i];
+      }
+    }
+#pragma unroll
+    for (int i0 = 0; i0 < kFlashKeys / 2; i0 += kKeyRows) {  // a thread transposes 8 dimensions of two keys
+      const int place = (i0 + row_) * 2;
+      if (kKeyRows > kFlashKeys / 2 && place >= kFlashKeys) break;
+      const int key = place / 32 * 32;
+      const uint4 a = value_reader_.load(safe(key + gpu::flash_key(place % 32)));
+      const uint4 b = value_reader_.load(safe(key + gpu::flash_key(place % 32 + 1)));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int dim = octet_ * 8 + i;
+        *reinterpret_cast<uint32_t*>(
+            values_ + (dim * kKeyPieces + gpu::flash_piece(place / 8 ^ octet_ % kKeyPieces, dim, kKeyPieces)) * 16 +
+            place % 8 * 2) = pair_of(a, b, i);
+      }
+    }
+    __syncthreads();
+  }
+
+  int octet_, row_;
+  OctetReader<T, HeadDim> key_reader_, value_reader_;
+  uint8_t *keys_, *values_;
+};
+
+// For instructions of the whole block (Hopper): both as [octet of dims][key][16 bytes], copied while the other is
+// worked on.
+template <DType T, int HeadDim>
+class WideTile {
+ public:
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static constexpr int kBytes = HeadDim / 8 * gpu::kFlashPlane;
+
+  __device__ inline WideTile(const KvLayer& kv, int kv_head, uint8_t* keys, uint8_t* values)
+      : octet_(static_cast<int>(threadIdx.x) % kOctets),
+        row_(static_cast<int>(threadIdx.x) / kOctets),
+        key_reader_(kv, kv.k, kv_head, octet_ * 8),
+        value_reader_(kv, kv.v, kv_head, octet_ * 8),
+        keys_(keys),
+        values_(values) {}
+
+  template <typename At>
+  static __device__ inline gpu::FlashOperand queries(int d, At at) {
+    auto pair = [&](int query, int dim) {
+      const float2 v = *reinterpret_cast<const float2*>(at(query, dim));
+      return gpu::F16::pack(v.x, v.y);
+    };
+    return {{gpu::flash_wide_queries(d * 32, pair), gpu::flash_wide_queries(d * 32 + 16, pair)}};
+  }
+
+  __device__ inline void begin(int key0, int end) {
+    copy(key_reader_, keys_, key0, end);
+    copy(value_reader_, values_, key0, end);
+  }
+
+  template <int Dims>
+  __device__ inline void scores(const gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0,
+                                int end) {
+    arrived();
+#pragma unroll
+    for (int j = 0; j < kFlashKeys / 16; ++j) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
+    }
+    gpu::flash_wide_scores(s, q, keys_);
+    __syncthreads();
+    copy(key_reader_, keys_, key0 + kFlashKeys, end);
+  }
+
+  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int key0,
+                                    int end) {
+    gpu::FlashWords w[kFlashKeys / 16];
+#pragma unroll
+    for (int j = 0; j < kFlashKeys / 16; ++j) w[j] = gpu::flash_weights(s[j]);
+    arrived();
+    gpu::flash_wide_values<HeadDim>(o, w, values_);
+    __syncthreads();
+    copy(value_reader_, values_, key0 + kFlashKeys, end);
+  }
+
+ private:
+  static constexpr int kOctets = HeadDim / 8, kKeyRows = kFlashThreads / kOctets;
+
+  // The tile from key0 on, as one batch; past the last key that one again.
+  __device__ inline void copy(const OctetReader<T, HeadDim>& reader, uint8_t* to, int key0, int end) {
+    if (key0 < end) {
+      constexpr int kBatch = 4;
+#pragma unroll
+      for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kBatch) {
+        uint4 v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch && i0 + i < kFlashKeys / kKeyRows; ++i) {
+          const int key = (i0 + i) * kKeyRows + row_, from = min(key0 + key, end - 1);
+          if constexpr (T == DType::F16) {
+            gpu::copy_begin<16>(to + octet_ * gpu::kFlashPlane + key * 16, reader.at(from));
+          } else {
+            v[i] = reader.load(from);
+          }
+        }
+        if constexpr (T != DType::F16) {
+#pragma unroll
+          for (int i = 0; i < kBatch && i0 + i < kFlashKeys / kKeyRows; ++i) {
+            *reinterpret_cast<uint4*>(to + octet_ * gpu::kFlashPlane + ((i0 + i) * kKeyRows + row_) * 16) = v[i];
+          }
+        }
+      }
+    }
+    gpu::copy_commit();
+  }
+
+  // The older of two batches is there, for all.
+  __device__ inline void arrived() {
+    gpu::copy_wait<1>();
+    gpu::products_see_copies();
+    __syncthreads();
+  }
+
+  int octet_, row_;
+  OctetReader<T, HeadDim> key_reader_, value_reader_;
+  uint8_t *keys_, *values_;
+#endif
+};
+
 // grid (n_head_kv, query blocks, the last first: they have the most keys); Dims: head_dim / 32
 template <DType T, int Dims>
 __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_many_kernel(FlashArgs p) {
-  constexpr int kHeadDim = Dims * 32, kOctets = kHeadDim / 8;
-  alignas(16) __shared__ uint8_t keys[kFlashKeys * kHeadDim * 2];  // [key][octet of dims, turned]
-  alignas(16)
-      __shared__ uint8_t values[kHeadDim * kFlashKeys * 2];  // [dim][octet of keys in flash_key() order, turned]
+  constexpr int kHeadDim = Dims * 32;
+  using Tile = std::conditional_t<gpu::kFlashWide, WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
+  alignas(128) __shared__ uint8_t keys[Tile::kBytes], values[Tile::kBytes];
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv, n_queries = p.rows * group;
   const int kv_head = static_cast<int>(blockIdx.x);
   const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kFlashQueries;
   const int last = min(first + kFlashQueries, n_queries) - 1;
-  const int pos0 = p.pos0.get(), t = static_cast<int>(threadIdx.x);
+  const int pos0 = p.pos0.get();
   const float to_log2 = p.a.scale * 1.44269504f;
   auto first_key = [&](int query) {
     return p.a.sliding_window > 0 ? max(0, pos0 + query / group + 1 - p.a.sliding_window) : 0;
@@ -89,15 +322,9 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
   const int mine = first + gpu::wave() * 16;  // the wave's first query
 
   gpu::FlashOperand q[Dims];
+  auto query_at = [&](int query, int dim) { return p.q + head_of(min(mine + query, last)) * kHeadDim + dim; };
 #pragma unroll
-  for (int d = 0; d < Dims; ++d) {
-    q[d] = gpu::flash_queries([&](int query, int part) {
-      const float* at = p.q + head_of(min(mine + query, last)) * kHeadDim + d * 32 + part * 8;
-      const float4 a = *reinterpret_cast<const float4*>(at), b = *reinterpret_cast<const float4*>(at + 4);
-      return make_uint4(gpu::F16::pack(a.x, a.y), gpu::F16::pack(a.z, a.w), gpu::F16::pack(b.x, b.y),
-                        gpu::F16::pack(b.z, b.w));
-    });
-  }
+  for (int d = 0; d < Dims; ++d) q[d] = Tile::queries(d, query_at);
   int from[gpu::kFlashRows], to[gpu::kFlashRows];
   float largest[gpu::kFlashRows], sum[gpu::kFlashRows];
 #pragma unroll
@@ -117,70 +344,11 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
     for (int i = 0; i < 8; ++i) o[d][i] = 0.0f;
   }
 
-  const int octet = t % kOctets;
-  const OctetReader<T, kHeadDim> key_reader(p.kv, p.kv.k, kv_head, octet * 8);
-  const OctetReader<T, kHeadDim> value_reader(p.kv, p.kv.v, kv_head, octet * 8);
+  Tile tile(p.kv, kv_head, keys, values);
+  tile.begin(begin, end);
   for (int key0 = begin; key0 < end; key0 += kFlashKeys) {
-    auto safe = [&](int key) { return min(key0 + key, end - 1); };
-    __syncthreads();                                   // the tile before has been read
-    constexpr int kKeyRows = kFlashThreads / kOctets;  // keys the block loads at once
-    constexpr int kKeyBatch = kFlashKeys / kKeyRows < 4 ? kFlashKeys / kKeyRows : 4;
-#pragma unroll
-    for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kKeyBatch) {
-      uint4 v[kKeyBatch];
-#pragma unroll
-      for (int i = 0; i < kKeyBatch; ++i) v[i] = key_reader.load(safe((i0 + i) * kKeyRows + t / kOctets));
-#pragma unroll
-      for (int i = 0; i < kKeyBatch; ++i) {
-        const int key = (i0 + i) * kKeyRows + t / kOctets;
-        *reinterpret_cast<uint4*>(keys + (key * kOctets + gpu::flash_piece(octet, key, kOctets)) * 16) = v[i];
-      }
-    }
-#pragma unroll
-    for (int i0 = 0; i0 < kFlashKeys / 2; i0 += kKeyRows) {  // a thread transposes 8 dimensions of two keys
-      const int place = (i0 + t / kOctets) * 2;
-      if (kKeyRows > kFlashKeys / 2 && place >= kFlashKeys) break;
-      const int key = place / 32 * 32;
-      const uint4 a = value_reader.load(safe(key + gpu::flash_key(place % 32)));
-      const uint4 b = value_reader.load(safe(key + gpu::flash_key(place % 32 + 1)));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int dim = octet * 8 + i;
-        *reinterpret_cast<uint32_t*>(
-            values + (dim * kKeyPieces + gpu::flash_piece(place / 8 ^ octet % kKeyPieces, dim, kKeyPieces)) * 16 +
-            place % 8 * 2) = pair_of(a, b, i);
-      }
-    }
-    __syncthreads();
-
-    // In both products a result is not touched twice in a row: its sum takes a while.
     float s[kFlashKeys / 16][8];
-#pragma unroll
-    for (int j0 = 0; j0 < kFlashKeys / 16; j0 += gpu::kFlashPair) {
-#pragma unroll
-      for (int j = j0; j < j0 + gpu::kFlashPair; ++j) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
-      }
-#pragma unroll
-      for (int d = 0; d < Dims; ++d) {
-        gpu::FlashOperand k[gpu::kFlashPair];
-#pragma unroll
-        for (int j = 0; j < gpu::kFlashPair; ++j) {
-          k[j] = gpu::flash_others([&](int row, int part) {
-            return *reinterpret_cast<const uint4*>(keys +
-                                                   (row * kOctets + gpu::flash_piece(d * 4 + part, row, kOctets)) * 16 +
-                                                   (j0 + j) * 16 * kHeadDim * 2);
-          });
-        }
-#pragma unroll
-        for (int depth = 0; depth < 2; ++depth) {
-#pragma unroll
-          for (int j = 0; j < gpu::kFlashPair; ++j) gpu::flash_mma(s[j0 + j], q[d].k[depth], k[j].k[depth]);
-        }
-        gpu::keep_order();
-      }
-    }
+    tile.scores(q, s, key0, end);
     if (key0 < all_from || key0 + kFlashKeys > all_to) {
 #pragma unroll
       for (int j = 0; j < kFlashKeys / 16; ++j) {
@@ -228,29 +396,7 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
         for (int i = 0; i < 8; ++i) o[d][i] *= keep[gpu::flash_row(i)];
       }
     }
-#pragma unroll
-    for (int j = 0; j < kFlashKeys / 32; ++j) {
-      const gpu::FlashWords w[2] = {gpu::flash_weights(s[2 * j]), gpu::flash_weights(s[2 * j + 1])};
-#pragma unroll
-      for (int d0 = 0; d0 < kHeadDim / 16; d0 += gpu::kFlashPair) {
-        gpu::FlashOperand v[gpu::kFlashPair];
-#pragma unroll
-        for (int d = 0; d < gpu::kFlashPair; ++d) {
-          v[d] = gpu::flash_others([&](int row, int part) {
-            const int turned = (j * 4 + part) ^ ((d0 + d) * 2 + row / 8) % kKeyPieces;
-            return *reinterpret_cast<const uint4*>(values +
-                                                   (row * kKeyPieces + gpu::flash_piece(turned, row, kKeyPieces)) * 16 +
-                                                   (d0 + d) * 16 * kFlashKeys * 2);
-          });
-        }
-#pragma unroll
-        for (int depth = 0; depth < 2; ++depth) {
-#pragma unroll
-          for (int d = 0; d < gpu::kFlashPair; ++d) gpu::flash_mma(o[d0 + d], w[depth], v[d].k[depth]);
-        }
-        gpu::keep_order();
-      }
-    }
+    tile.add_values(s, o, key0, end);
   }
 
   float inverse[gpu::kFlashRows];

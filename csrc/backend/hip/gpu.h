@@ -432,7 +432,7 @@ inline constexpr int kMmaUnroll = 3;
 inline constexpr int kAttentionUnroll = 2;
 inline constexpr int kDotAhead[] = {3, 3};
 inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
-inline constexpr int kHalfTokens = 64;
+inline constexpr int kHalfTokens = 96;
 #endif
 inline constexpr int kMmaAcc = kMmaRows * kMmaToks;
 

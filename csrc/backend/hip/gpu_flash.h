@@ -163,6 +163,57 @@ __device__ inline void flash_mma(float (&c)[8], const FlashWords& q, const Flash
 #endif
 }
 
+// ---- the two products on wgmma (Hopper): a block's four waves together, their keys and values as [octet of dimensions,
+// kFlashPlane bytes apart][key][16 bytes] in shared memory, queries and weights in registers ----
+#if defined(DFLASH_NEVER)
+inline constexpr bool kFlashWide = true;
+#else
+inline constexpr bool kFlashWide = false;
+#endif
+inline constexpr int kFlashPlane = kFlashKeys * 16 + 16;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A wave's 16 queries: pair(query, dim) packs dimensions dim and dim + 1.
+template <typename Pair>
+__device__ inline FlashWords flash_wide_queries(int dim, Pair pair) {
+  FlashWords f;
+  for (int i = 0; i < 4; ++i) f.w[i] = pair((lane() >> 2) + 8 * (i & 1), dim + (lane() & 3) * 2 + 8 * (i >> 1));
+  return f;
+}
+
+// s = the queries times a tile's keys.
+template <int Dims>
+__device__ inline void flash_wide_scores(float (&s)[kFlashKeys / 16][8], const FlashOperand (&q)[Dims],
+                                         const uint8_t* keys) {
+  auto& sums = reinterpret_cast<float(&)[kFlashKeys / 8][4]>(s);
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < Dims * 2; ++k) {
+    wgmma<true, kFlashKeys / 8>(sums, __builtin_bit_cast(HalfWeightWords, q[k / 2].k[k % 2]),
+                                wgmma_matrix(keys + k * 2 * kFlashPlane, kFlashPlane, 128));
+  }
+  products_end();
+  products_wait<0>();
+}
+
+// o += the weights times a tile's values.
+template <int HeadDim>
+__device__ inline void flash_wide_values(float (&o)[HeadDim / 16][8], const FlashWords (&w)[kFlashKeys / 16],
+                                         const uint8_t* values) {
+  auto& sums = reinterpret_cast<float(&)[HeadDim / 8][4]>(o);
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < kFlashKeys / 16; ++k) {
+    wgmma<true, HeadDim / 8, true>(sums, __builtin_bit_cast(HalfWeightWords, w[k]),
+                                   wgmma_matrix(values + k * 256, 128, kFlashPlane));
+  }
+  products_end();
+  products_wait<0>();
+}
+
+#endif
+
 // 2^v by the hardware's instruction; v <= 0 here, tiny results may become 0.
 __device__ inline float fast_exp2(float v) {
 #if defined(DFLASH_GPU_HIP)

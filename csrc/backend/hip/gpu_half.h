@@ -21,23 +21,23 @@ inline constexpr int kHalfWords = 2;
 #else
 inline constexpr int kHalfWords = 4;
 #endif
-inline constexpr int kHalfHeld = 1;    // runs of 16 weight rows expanded at a time
-inline constexpr int kHalfSets = 1;    // groups of weights held expanded
-inline constexpr int kHalfStages = 2;  // of shared memory
-inline constexpr int kHalfAhead = 1;   // stages under way beside the one in use
-inline constexpr int kHalfWaves = 4;   // waves of a block, each with weight tiles of its own
-inline constexpr int kHalfBlocks = 1;  // __launch_bounds__' second number
-inline constexpr int kFlashBlocks = 1;
-inline constexpr int kFlashKeys = 32;  // keys of a tile
-inline constexpr int kFlashPair = 1;   // runs of 16 keys, or of 16 dimensions, taken together
+inline constexpr int kHalfHeld = 1;       // runs of 16 weight rows expanded at a time
+inline constexpr int kHalfWaves = 4;      // waves of a block that multiply, each with weight rows of its own
+inline constexpr int kHalfRuns = 4;       // runs of 16 weight rows of such a wave
+inline constexpr int kHalfProducers = 0;  // waves of a block that only copy
+inline constexpr int kHalfPass = 16;      // tokens whose results leave a wave at a time
+inline constexpr int kHalfPad = 1;        // floats between their rows in shared memory
+inline constexpr int kFlashBlocks = 1;    // __launch_bounds__' second number
+inline constexpr int kFlashKeys = 32;     // keys of a tile
+inline constexpr int kFlashPair = 1;      // runs of 16 keys, or of 16 dimensions, taken together
 #else
 inline constexpr int kHalfWords = 1;
-inline constexpr int kHalfHeld = 4;
-inline constexpr int kHalfSets = 2;
-inline constexpr int kHalfStages = 5;
-inline constexpr int kHalfAhead = 3;
+inline constexpr int kHalfHeld = 2;
 inline constexpr int kHalfWaves = 8;
-inline constexpr int kHalfBlocks = 1;
+inline constexpr int kHalfRuns = 2;
+inline constexpr int kHalfProducers = 4;
+inline constexpr int kHalfPass = 32;
+inline constexpr int kHalfPad = 4;
 inline constexpr int kFlashBlocks = 3;
 inline constexpr int kFlashKeys = 64;
 inline constexpr int kFlashPair = 2;
@@ -47,11 +47,9 @@ inline constexpr int kHalfGroups = 2;  // groups of 32 in a stage
 // Shared memory for the stages. On NVIDIA the weights pass through it too, so that many bytes are under way; that is
 // more than a kernel may declare. On AMD they go straight to registers.
 #if defined(DFLASH_GPU_HIP)
-inline constexpr bool kHalfStageWeights = false;
 #define DFLASH_STAGES(name, bytes) alignas(16) __shared__ uint8_t name[bytes]
 #else
-inline constexpr bool kHalfStageWeights = true;
-#define DFLASH_STAGES(name, bytes) extern __shared__ __align__(16) uint8_t name[]
+#define DFLASH_STAGES(name, bytes) extern __shared__ __align__(1024) uint8_t name[]
 #endif
 
 // launch() of a kernel that declares DFLASH_STAGES of `bytes`.
@@ -65,10 +63,74 @@ void launch_stages(Stream stream, dim3 grid, unsigned threads, size_t bytes, voi
 #endif
 }
 
+// Shared memory a block may ask for: what the stages of NVIDIA's kernels fill.
+inline int shared_most() {
 #if defined(DFLASH_GPU_HIP)
-inline constexpr auto kComputeUnits = hipDeviceAttributeMultiprocessorCount;
+  return 64 << 10;
 #else
-inline constexpr auto kComputeUnits = cudaDevAttrMultiProcessorCount;
+  int bytes = 0;
+  GPU_CHECK(DeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  return bytes;
+#endif
+}
+
+// ---- a ring of stages between the waves that copy and the waves that multiply (NVIDIA) ------------------------------
+#if defined(DFLASH_GPU_CUDA)
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// A barrier in shared memory completes a phase whenever `count` arrivals have come.
+__device__ inline void barrier_init(uint64_t* b, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+
+// By one lane of a wave, for all of it.
+__device__ inline void barrier_arrive(uint64_t* b) {
+  __syncwarp();
+  if (lane() == 0) {
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
+  }
+}
+
+// By every thread that copies: arrives when the copies it has begun are there. (Waiting for them, and the fence that
+// shows them to the products, would hold up the copies after them: that fence waits for all of a thread's copies.)
+__device__ inline void barrier_arrive_copied(uint64_t* b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+
+// Waits until the phase of this parity is complete; that before the first counts as parity 1.
+__device__ inline void barrier_wait(uint64_t* b, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define DFLASH_WAIT "mbarrier.try_wait.parity.shared::cta.b64"
+#else
+#define DFLASH_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile("{\n.reg .pred p;\n" DFLASH_WAIT " p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+  }
+#undef DFLASH_WAIT
+}
+
+// By all waves of a warpgroup: the registers a thread has from here on.
+template <int Count>
+__device__ inline void more_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+template <int Count>
+__device__ inline void fewer_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+
 #endif
 
 // Where element e of a group lies: nibbles 0 and 2 of a word unpack together, so do 1 and 3.
@@ -78,32 +140,6 @@ __host__ __device__ inline int half_slot(int e) {
   return (e & ~3) | in_word;
 #else
   return (e >> 4) * 16 + (in_word >> 1) * 8 + (e >> 2 & 3) * 2 + (in_word & 1);
-#endif
-}
-
-// A copy of 16 bytes from global to shared memory under way: asynchronous on NVIDIA, through registers on AMD.
-struct Copy16 {
-#if defined(DFLASH_GPU_HIP)
-  uint4 v;
-#endif
-};
-
-// valid false: zeros.
-__device__ inline void copy_start([[maybe_unused]] Copy16& c, [[maybe_unused]] void* to, const void* from, bool valid) {
-#if defined(DFLASH_GPU_HIP)
-  c.v = make_uint4(0, 0, 0, 0);
-  if (valid) c.v = *static_cast<const uint4*>(from);
-#else
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(valid ? 16 : 0)
-      : "memory");
-#endif
-}
-
-__device__ inline void copy_finish([[maybe_unused]] const Copy16& c, [[maybe_unused]] void* to) {
-#if defined(DFLASH_GPU_HIP)
-  *static_cast<uint4*>(to) = c.v;
 #endif
 }
 
@@ -342,44 +378,59 @@ __device__ inline void half_bytes(uint32_t a, uint32_t b, float d, uint32_t (&p)
   }
 }
 
-// sum[m][b] += w[m] * the tokens of block b, for Runs runs of 16 weight rows and Blocks blocks of kMmaTokens tokens, a
-// group deep. chunks: the group's activations, [chunk, `plane` bytes apart][token][16 bytes].
+// half_step: sum[m][b] += w[m] * the tokens of block b, for Runs runs of 16 weight rows and Blocks blocks of kMmaTokens
+// tokens, 16 deep: pieces `piece` and `piece` + 1 of acts [token][8 turned pieces of 16 bytes], aligned to 1024 bytes.
 // On Hopper this only starts the product: products_begin() before it, products_end() after, and products_wait<n>()
 // until all but the last n are done; till then neither the sums nor the weights may be touched.
+inline constexpr int kHalfTurn = 128;  // bytes of a token there
+__device__ inline int half_turned(int piece, int token) { return piece ^ (token & 7); }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ inline uint64_t wgmma_tokens(const uint8_t* chunks, int plane) {
-  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(chunks));
-  return (at & 0x3ffff) >> 4 | static_cast<uint64_t>(plane >> 4) << 16 | uint64_t{128 >> 4} << 32;
+// A matrix in shared memory made of blocks of 8 rows of 16 bytes, by the bytes from block to block along a row
+// (`leading`) and down the rows; of a transposed one, the other way round.
+__device__ inline uint64_t wgmma_matrix(const uint8_t* p, int leading, int stride) {
+  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  return (at & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
 }
 
 #define DFLASH_D4(b) "+f"(d[b][0]), "+f"(d[b][1]), "+f"(d[b][2]), "+f"(d[b][3])
 #define DFLASH_WGMMA(tokens, type, results, a, last, ...)                                                          \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" results "}, " a ", " last \
-               ", 1, 1, 1, 0;"                                                                                     \
                : __VA_ARGS__                                                                                       \
-               : "r"(w.w[0]), "r"(w.w[1]), "r"(w.w[2]), "r"(w.w[3]), "l"(x))
+               : "r"(w.w[0]), "r"(w.w[1]), "r"(w.w[2]), "r"(w.w[3]), "l"(x), "n"(Transposed ? 1 : 0))
 #define DFLASH_R16 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define DFLASH_R32 DFLASH_R16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define DFLASH_R48 DFLASH_R32 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define DFLASH_R64 DFLASH_R48 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define DFLASH_R80 DFLASH_R64 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define DFLASH_R96 DFLASH_R80 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define DFLASH_R128 DFLASH_R96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define DFLASH_D32 DFLASH_D4(0), DFLASH_D4(1), DFLASH_D4(2), DFLASH_D4(3)
+#define DFLASH_D64 DFLASH_D32, DFLASH_D4(4), DFLASH_D4(5), DFLASH_D4(6), DFLASH_D4(7)
+#define DFLASH_D96 DFLASH_D64, DFLASH_D4(8), DFLASH_D4(9), DFLASH_D4(10), DFLASH_D4(11)
 
 // All four waves: 64 weight rows, 16 of each wave, by 8 * Blocks tokens, depth 16.
-template <bool F16Type, int Blocks, int Most>
+template <bool F16Type, int Blocks, bool Transposed = false, int Most>
 __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint64_t x) {
-  static_assert(Blocks == 2 || Blocks == 4 || Blocks == 6 || Blocks == 8);
-#define DFLASH_WGMMA_OF(type)                                                                                \
-  if constexpr (Blocks == 2) {                                                                               \
-    DFLASH_WGMMA(16, type, DFLASH_R16, "{%8,%9,%10,%11}", "%12", DFLASH_D4(0), DFLASH_D4(1));                \
-  } else if constexpr (Blocks == 4) {                                                                        \
-    DFLASH_WGMMA(32, type, DFLASH_R32, "{%16,%17,%18,%19}", "%20", DFLASH_D4(0), DFLASH_D4(1), DFLASH_D4(2), \
-                 DFLASH_D4(3));                                                                              \
-  } else if constexpr (Blocks == 6) {                                                                        \
-    DFLASH_WGMMA(48, type, DFLASH_R48, "{%24,%25,%26,%27}", "%28", DFLASH_D4(0), DFLASH_D4(1), DFLASH_D4(2), \
-                 DFLASH_D4(3), DFLASH_D4(4), DFLASH_D4(5));                                                  \
-  } else {                                                                                                   \
-    DFLASH_WGMMA(64, type, DFLASH_R64, "{%32,%33,%34,%35}", "%36", DFLASH_D4(0), DFLASH_D4(1), DFLASH_D4(2), \
-                 DFLASH_D4(3), DFLASH_D4(4), DFLASH_D4(5), DFLASH_D4(6), DFLASH_D4(7));                      \
+  static_assert(Blocks == 2 || Blocks == 4 || Blocks == 6 || Blocks == 8 || Blocks == 10 || Blocks == 12 ||
+                Blocks == 16);
+#define DFLASH_WGMMA_OF(type)                                                                                   \
+  if constexpr (Blocks == 2) {                                                                                  \
+    DFLASH_WGMMA(16, type, DFLASH_R16, "{%8,%9,%10,%11}", "%12, 1, 1, 1, %13;", DFLASH_D4(0), DFLASH_D4(1));                   \
+  } else if constexpr (Blocks == 4) {                                                                           \
+    DFLASH_WGMMA(32, type, DFLASH_R32, "{%16,%17,%18,%19}", "%20, 1, 1, 1, %21;", DFLASH_D32);                                 \
+  } else if constexpr (Blocks == 6) {                                                                           \
+    DFLASH_WGMMA(48, type, DFLASH_R48, "{%24,%25,%26,%27}", "%28, 1, 1, 1, %29;", DFLASH_D32, DFLASH_D4(4), DFLASH_D4(5));     \
+  } else if constexpr (Blocks == 8) {                                                                           \
+    DFLASH_WGMMA(64, type, DFLASH_R64, "{%32,%33,%34,%35}", "%36, 1, 1, 1, %37;", DFLASH_D64);                                 \
+  } else if constexpr (Blocks == 10) {                                                                          \
+    DFLASH_WGMMA(80, type, DFLASH_R80, "{%40,%41,%42,%43}", "%44, 1, 1, 1, %45;", DFLASH_D64, DFLASH_D4(8), DFLASH_D4(9));     \
+  } else if constexpr (Blocks == 12) {                                                                          \
+    DFLASH_WGMMA(96, type, DFLASH_R96, "{%48,%49,%50,%51}", "%52, 1, 1, 1, %53;", DFLASH_D96);                                 \
+  } else {                                                                                                      \
+    DFLASH_WGMMA(128, type, DFLASH_R128, "{%64,%65,%66,%67}", "%68, 1, 1, 1, %69;", DFLASH_D96, DFLASH_D4(12), DFLASH_D4(13),  \
+                 DFLASH_D4(14), DFLASH_D4(15));                                                                 \
   }
   if constexpr (F16Type) {
     DFLASH_WGMMA_OF("f16")
@@ -388,6 +439,12 @@ __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint
   }
 #undef DFLASH_WGMMA_OF
 }
+#undef DFLASH_D96
+#undef DFLASH_D64
+#undef DFLASH_D32
+#undef DFLASH_R128
+#undef DFLASH_R96
+#undef DFLASH_R80
 #undef DFLASH_R64
 #undef DFLASH_R48
 #undef DFLASH_R32
@@ -396,14 +453,11 @@ __device__ inline void wgmma(float (&d)[Most][4], const HalfWeightWords& w, uint
 #undef DFLASH_D4
 
 template <typename N, int Blocks, int Runs, int Most>
-__device__ inline void half_products(float (&sum)[Runs][Most][kMmaAcc], const HalfWeights (&w)[Runs],
-                                     const uint8_t* chunks, int plane) {
+__device__ inline void half_step(float (&sum)[Runs][Most][kMmaAcc], const HalfWeightWords (&w)[Runs],
+                                 const uint8_t* acts, int piece) {
+  const uint64_t x = wgmma_matrix(acts + piece * 16, 16, kHalfTurn * 8) | uint64_t{1} << 62;  // turned within 128 bytes
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const uint64_t x = wgmma_tokens(chunks + 2 * k * plane, plane);
-#pragma unroll
-    for (int m = 0; m < Runs; ++m) wgmma<N::kF16, Blocks, Most>(sum[m], w[m].k[k], x);
-  }
+  for (int m = 0; m < Runs; ++m) wgmma<N::kF16, Blocks>(sum[m], w[m], x);
 }
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -416,61 +470,61 @@ __device__ inline void products_wait() {
 __device__ inline void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The weights of a product that may still run stay in their registers up to here.
 template <int Runs>
-__device__ inline void products_hold(HalfWeights (&w)[Runs]) {
+__device__ inline void products_hold(HalfWeightWords (&w)[Runs]) {
 #pragma unroll
-  for (int m = 0; m < Runs; ++m) {
+  for (int m = 0; m < Runs; ++m) asm volatile("" : "+r"(w[m].w[0]), "+r"(w[m].w[1]), "+r"(w[m].w[2]), "+r"(w[m].w[3]));
+}
+
+#elif defined(DFLASH_GPU_CUDA)
+
+template <typename N, int Blocks, int Runs, int Most>
+__device__ inline void half_step(float (&sum)[Runs][Most][kMmaAcc], const HalfWeightWords (&w)[Runs],
+                                 const uint8_t* acts, int piece) {
+  const uint8_t* token = acts + mma_act_token() * kHalfTurn + (lane() & 3) * 4;
+  const int first = half_turned(piece, mma_act_token()) * 16, second = half_turned(piece + 1, mma_act_token()) * 16;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      asm volatile("" : "+r"(w[m].k[k].w[0]), "+r"(w[m].k[k].w[1]), "+r"(w[m].k[k].w[2]), "+r"(w[m].k[k].w[3]));
-    }
+  for (int b = 0; b < Blocks; ++b) {
+    const uint8_t* at = token + b * kMmaTokens * kHalfTurn;
+    const HalfActWords x = {mma_word(at + first), mma_word(at + second)};
+#pragma unroll
+    for (int m = 0; m < Runs; ++m) N::mma(sum[m][b], w[m], x);
   }
 }
 
 #else
 
+// The whole group at once.
 template <typename N, int Blocks, int Runs, int Most>
 __device__ inline void half_products(float (&sum)[Runs][Most][kMmaAcc], const HalfWeights (&w)[Runs],
                                      const uint8_t* chunks, int plane) {
   const uint8_t* token = chunks + mma_act_token() * 16;
-#if defined(DFLASH_GPU_HIP)
-  constexpr int kStep = 1;
-#else
-  constexpr int kStep = Blocks % 2 == 0 ? 2 : 1;
-#endif
 #pragma unroll
-  for (int b = 0; b < Blocks; b += kStep) {
-    HalfActWords x[kStep][2];
+  for (int b = 0; b < Blocks; ++b) {
+    HalfActWords x[2];
 #pragma unroll
-    for (int i = 0; i < kStep; ++i) {
+    for (int k = 0; k < 2; ++k) {
+      const uint8_t* at = token + b * kMmaTokens * 16 + 2 * k * plane;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint8_t* at = token + (b + i) * kMmaTokens * 16 + 2 * k * plane;
-#if defined(DFLASH_GPU_HIP)
-#pragma unroll
-        for (int c = 0; c < kHalfWords / 2; ++c) {
-          const uint4 v = *reinterpret_cast<const uint4*>(at + (kHalfWords == 2 ? lane() >> 4 : c) * plane);
-          x[i][k].w[c * 4] = v.x;
-          x[i][k].w[c * 4 + 1] = v.y;
-          x[i][k].w[c * 4 + 2] = v.z;
-          x[i][k].w[c * 4 + 3] = v.w;
-        }
-#else
-#pragma unroll
-        for (int c = 0; c < 2; ++c) x[i][k].w[c] = mma_word(at + c * plane + (lane() & 3) * 4);
-#endif
+      for (int c = 0; c < kHalfWords / 2; ++c) {
+        const uint4 v = *reinterpret_cast<const uint4*>(at + (kHalfWords == 2 ? lane() >> 4 : c) * plane);
+        x[k].w[c * 4] = v.x;
+        x[k].w[c * 4 + 1] = v.y;
+        x[k].w[c * 4 + 2] = v.z;
+        x[k].w[c * 4 + 3] = v.w;
       }
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {  // a result is not touched twice in a row: its sum takes a while
 #pragma unroll
-      for (int i = 0; i < kStep; ++i) {
-#pragma unroll
-        for (int m = 0; m < Runs; ++m) N::mma(sum[m][b + i], w[m].k[k], x[i][k]);
-      }
+      for (int m = 0; m < Runs; ++m) N::mma(sum[m][b], w[m].k[k], x[k]);
     }
     keep_order();
   }
 }
+
+#endif
+
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ inline void products_begin() {}
 __device__ inline void products_end() {}
@@ -478,7 +532,7 @@ template <int Newer>
 __device__ inline void products_wait() {}
 __device__ inline void products_see_copies() {}
 template <int Runs>
-__device__ inline void products_hold(HalfWeights (&)[Runs]) {}
+__device__ inline void products_hold(HalfWeightWords (&)[Runs]) {}
 
 #endif
 

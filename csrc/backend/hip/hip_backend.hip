@@ -6,6 +6,7 @@
 
 #include "backend/hip/architecture.h"
 #include "backend/hip/device_memory.h"
+#include "backend/hip/experts.h"
 #include "backend/hip/few_rows.h"
 #include "backend/hip/kernels.h"
 #include "backend/hip/sampling.h"
@@ -31,6 +32,8 @@ class HipBackend final : public Backend {
     ring_ = std::make_unique<PinnedRing>(8, size_t{64} << 10);
     counters_ = device_alloc(kCounters * sizeof(int), "counters");
     GPU_CHECK(MemsetAsync(counters_.get(), 0, kCounters * sizeof(int), stream_));
+    work_ = std::make_unique<Workspace>(stream_, [this] { drop_recordings(); });
+    experts_ = std::make_unique<Experts>(stream_, *work_, distinct_slot());
   }
 
   ~HipBackend() override {
@@ -152,9 +155,9 @@ class HipBackend final : public Backend {
     const MatmulOut out{&w, y};
     if (quantized && is_quantized(w.type)) {
       if (rows > kFewRows) {
-        run_tiled(&out, 1, half_rows(Scratch::kQuant, rows, w.n_in, true), rows, true);
+        run_tiled(&out, 1, work_->half_rows(Scratch::kQuant, rows, w.n_in, true), rows, true);
       } else {
-        run_tiled(&out, 1, quant_rows(rows, w.n_in), rows, true);
+        run_tiled(&out, 1, work_->quant_rows(rows, w.n_in), rows, true);
       }
     } else {
       multiply(x, nullptr, 0.0f, rows, &out, 1, true);
@@ -181,14 +184,14 @@ class HipBackend final : public Backend {
     if (attention_many_takes(a, step.rows, kv)) {
       const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
       launch_attention_many(stream_, a, step.rows, position(step), q, kv, out,
-                            half_rows(Scratch::kQuant, step.rows, n, true));
+                            work_->half_rows(Scratch::kQuant, step.rows, n, true));
       left_quantized(out, step.rows, n);
       return;
     }
     const int n_keys = in_step_ ? std::min(step_keys_, kv.n_ctx) : step.pos0 + step.rows;
-    float* partials = scratch<float>(Scratch::kPartials, attention_scratch_bytes(a, step.rows, n_keys));
+    float* partials = work_->get<float>(Scratch::kPartials, attention_scratch_bytes(a, step.rows, n_keys));
     const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
-    const MutableQuantRows quant = mutable_quant(Scratch::kQuant, step.rows, n);
+    const MutableQuantRows quant = work_->mutable_quant(Scratch::kQuant, step.rows, n);
     launch_attention(stream_, a, step.rows, position(step), n_keys, q, kv, in, partials, attention_arrived(), out,
                      quant);
     if (step.rows <= kFewRows) left_quantized(out, step.rows, n);
@@ -196,66 +199,13 @@ class HipBackend final : public Backend {
 
   void moe(const Moe& m, int rows, float* x) override {
     begin_op();
-    const int64_t n_embd = m.router->n_in;
-    const bool tiled_experts = is_quantized(m.gate->type), many = tiled_experts && rows > kFewRows;
-    float* h = nullptr;
-    if (route_needs_hidden(m, rows))
-      h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
-    float* logits = scratch<float>(Scratch::kLogits, static_cast<size_t>(rows) * m.n_expert * sizeof(float));
-    const Routing r = routing(rows, m.top_k, m.n_expert);
     ++calls_;
-    if (many) {
-      const HalfRows hh = half_rows(Scratch::kQuant, rows, n_embd, true);
-      launch_route_many(stream_, m, x, h, hh, logits, r);
-      experts_many(*m.gate, *m.up, *m.down, r, hh, x);
-      return;
-    }
-    const MutableQuantRows hq = tiled_experts ? mutable_quant(Scratch::kQuant, rows, n_embd) : MutableQuantRows{};
-    launch_route(stream_, m, x, h, hq, logits, r);
-    if (!experts_choose(rows, m.gate->type)) return experts(*m.gate, *m.up, *m.down, rows, r, h, x);
-    FewChoice c;
-    c.logits = logits;
-    c.bias = m.bias;
-    c.n_expert = m.n_expert;
-    c.rows = rows;
-    c.top_k = m.top_k;
-    c.distinct = distinct_slot();
-    check_alike(*m.gate, *m.up, *m.down);
-    const MutableQuantRows act = gate_up_few(*m.gate, *m.up, c);
-    launch_down_few(stream_, m.down->type, tiled(*m.down), rows_of(act, m.down->n_in), c, x);
+    experts_->moe(m, rows, x);
   }
 
   void ffn(const Ffn& f, int rows, float* x) override {
     begin_op();
-    const int64_t n_embd = f.gate->n_in;
-    const bool tiled_experts = is_quantized(f.gate->type);
-    if (tiled_experts && rows > kFewRows) {
-      const HalfRows hh = half_rows(Scratch::kQuant, rows, n_embd, true);
-      launch_norm_half(stream_, x, f.norm, f.eps, rows, nullptr, hh);
-      const Routing r = routing(rows, 1, 1);
-      launch_route_dense(stream_, r);
-      experts_many(*f.gate, *f.up, *f.down, r, hh, x);
-      return;
-    }
-    float* h = nullptr;
-    MutableQuantRows hq;
-    if (tiled_experts) {
-      hq = mutable_quant(Scratch::kQuant, rows, n_embd);
-    } else {
-      h = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n_embd) * sizeof(float));
-    }
-    launch_norm_quantize(stream_, x, f.norm, f.eps, rows, n_embd, h, hq);
-    if (experts_choose(rows, f.gate->type)) {
-      FewChoice c;
-      c.rows = rows;
-      check_alike(*f.gate, *f.up, *f.down);
-      const MutableQuantRows act = gate_up_few(*f.gate, *f.up, c);
-      const TiledOut out = {tiled(*f.down), x};
-      return launch_matmul(stream_, f.down->type, &out, 1, rows_of(act, f.down->n_in), rows, true);
-    }
-    const Routing r = routing(rows, 1, 1);
-    launch_route_dense(stream_, r);
-    experts(*f.gate, *f.up, *f.down, rows, r, h, x);
+    experts_->ffn(f, rows, x);
   }
 
   void copy_rows(const float* src, int rows, int64_t n, float* dst, int64_t stride) override {
@@ -265,7 +215,7 @@ class HipBackend final : public Backend {
 
   void top1(const float* logits, int rows, int64_t n, Top1* out) override {
     begin_op();
-    float* s = unrecorded<float>(Scratch::kTop1, top1_scratch_bytes(std::min(rows, kResultRows)));
+    float* s = work_->unrecorded<float>(Scratch::kTop1, top1_scratch_bytes(std::min(rows, kResultRows)));
     for (int r = 0; r < rows; r += kResultRows) {
       const int count = std::min(rows - r, kResultRows);
       launch_top1(stream_, logits + r * n, count, n, s, static_cast<Top1*>(results_slot()));
@@ -278,8 +228,8 @@ class HipBackend final : public Backend {
     const int rows = s.rows();
     if (rows > kResultRows) fail("GPU: at most ", kResultRows, " rows are sampled at once, found ", rows);
     const std::vector<char> inputs = pack_sampling(s);
-    char* device_inputs = unrecorded<char>(Scratch::kSamplingInputs, inputs.size());
-    void* work = unrecorded<char>(Scratch::kSampling, sampling_scratch_bytes(s));
+    char* device_inputs = work_->unrecorded<char>(Scratch::kSamplingInputs, inputs.size());
+    void* work = work_->unrecorded<char>(Scratch::kSampling, sampling_scratch_bytes(s));
     upload(device_inputs, inputs.data(), inputs.size());
     launch_sampling(stream_, s, logits, n, device_inputs, work, static_cast<int32_t*>(results_slot()));
     read_results(out, static_cast<size_t>(rows) * sizeof(int32_t));
@@ -404,20 +354,6 @@ class HipBackend final : public Backend {
     recordings_.clear();
   }
 
-  template <typename T>
-  T* scratch(Scratch::Name name, size_t bytes) {
-    return static_cast<T*>(scratch_.get(name, bytes, [&] {
-      GPU_CHECK(StreamSynchronize(stream_));
-      drop_recordings();
-    }));
-  }
-
-  // For ops that are never part of a recorded step.
-  template <typename T>
-  T* unrecorded(Scratch::Name name, size_t bytes) {
-    return static_cast<T*>(scratch_.get(name, bytes, [&] { GPU_CHECK(StreamSynchronize(stream_)); }));
-  }
-
   static void* data_of(const Weight& w) { return const_cast<void*>(w.data); }
 
   Weight make_weight(DType type, int64_t n_in, int64_t n_out, int64_t n_expert) {
@@ -432,22 +368,6 @@ class HipBackend final : public Backend {
     w.data = memory.get();
     w.owner = std::move(memory);
     return w;
-  }
-
-  // Quantised rows of n in scratch: int8, then scales.
-  MutableQuantRows mutable_quant(Scratch::Name name, int64_t rows, int64_t n) {
-    const size_t q_bytes = (static_cast<size_t>(rows * n) + 255) / 256 * 256;
-    int8_t* q = scratch<int8_t>(name, q_bytes + static_cast<size_t>(rows * n / 32) * sizeof(GroupScale));
-    return {q, reinterpret_cast<GroupScale*>(q + q_bytes)};
-  }
-
-  static QuantRows rows_of(const MutableQuantRows& m, int64_t n) { return {m.q, m.scale, n}; }
-
-  QuantRows quant_rows(int64_t rows, int64_t n) { return rows_of(mutable_quant(Scratch::kQuant, rows, n), n); }
-
-  // 16-bit rows of n in scratch, for more than kFewRows rows.
-  HalfRows half_rows(Scratch::Name name, int64_t rows, int64_t n, bool f16) {
-    return {scratch<uint16_t>(name, static_cast<size_t>(rows * n) * sizeof(uint16_t)), n, f16};
   }
 
   template <typename Rows>
@@ -482,12 +402,12 @@ class HipBackend final : public Backend {
     const float* h = x;
     float* h_out = nullptr;
     if (many) {
-      half = half_rows(Scratch::kQuant, rows, n, norm != nullptr);
+      half = work_->half_rows(Scratch::kQuant, rows, n, norm != nullptr);
     } else if (any_tiled) {
-      q = mutable_quant(Scratch::kQuant, rows, n);
+      q = work_->mutable_quant(Scratch::kQuant, rows, n);
     }
     if (any_float && norm != nullptr) {
-      h = h_out = scratch<float>(Scratch::kHidden, static_cast<size_t>(rows * n) * sizeof(float));
+      h = h_out = work_->floats(Scratch::kHidden, rows, n);
     }
     if (many) {
       launch_norm_half(stream_, x, norm, eps, rows, h_out, half);
@@ -508,65 +428,13 @@ class HipBackend final : public Backend {
     }
   }
 
-  Routing routing(int rows, int top_k, int n_expert) {
-    Routing r;
-    r.rows = rows;
-    r.top_k = top_k;
-    r.chunk = rows <= kFewRows ? kFewRows : kManyTokens;
-    r.max_items = max_items(rows, top_k, n_expert, r.chunk);
-    const size_t pairs = static_cast<size_t>(rows) * static_cast<size_t>(top_k);
-    const size_t item_bytes = static_cast<size_t>(r.max_items) * sizeof(Item);
-    char* p = scratch<char>(Scratch::kRouting, 64 + item_bytes + 3 * pairs * sizeof(int));
-    r.n_items = reinterpret_cast<int*>(p);
-    r.items = reinterpret_cast<Item*>(p + 64);
-    r.pairs = reinterpret_cast<int*>(p + 64 + item_bytes);
-    r.weights = reinterpret_cast<float*>(r.pairs + pairs);
-    r.experts = reinterpret_cast<int*>(r.weights + pairs);
-    r.distinct = distinct_slot();
-    return r;
-  }
-
-  // The same for more than kFewRows rows and quantised experts. h [rows, n_embd]
-  void experts_many(const Weight& gate, const Weight& up, const Weight& down, const Routing& r, HalfRows h, float* x) {
-    check_alike(gate, up, down);
-    const int64_t pairs = static_cast<int64_t>(r.rows) * r.top_k;
-    const HalfRows act = half_rows(Scratch::kActQuant, pairs, gate.n_out, false);
-    float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * down.n_out) * sizeof(float));
-    launch_gate_up_many(stream_, gate.type, tiled(gate), tiled(up), h, r, act);
-    launch_down_many(stream_, down.type, tiled(down), act, r, y, x);
-  }
-
-  // x += the float experts' weighted sum. h [rows, n_embd]
-  void experts(const Weight& gate, const Weight& up, const Weight& down, int rows, const Routing& r, const float* h,
-               float* x) {
-    const int64_t pairs = static_cast<int64_t>(rows) * r.top_k;
-    check_alike(gate, up, down);
-    float* y = scratch<float>(Scratch::kPairOut, static_cast<size_t>(pairs * down.n_out) * sizeof(float));
-    float* act = scratch<float>(Scratch::kActFloat, static_cast<size_t>(pairs * gate.n_out) * sizeof(float));
-    launch_float_gate_up(stream_, gate, up, h, r, act);
-    launch_float_down(stream_, down, act, r, y, x);
-  }
-
-  static void check_alike(const Weight& gate, const Weight& up, const Weight& down) {
-    if (gate.type != up.type || is_quantized(gate.type) != is_quantized(down.type)) {
-      fail("GPU: gate, up and down must be quantised alike, not ", dtype_info(gate.type).name, ", ",
-           dtype_info(up.type).name, " and ", dtype_info(down.type).name);
-    }
-  }
-
-  // The int8 groups of silu(gate x) * up x for every pair, from the rows in kQuant.
-  MutableQuantRows gate_up_few(const Weight& gate, const Weight& up, const FewChoice& c) {
-    const MutableQuantRows act = mutable_quant(Scratch::kActQuant, static_cast<int64_t>(c.rows) * c.top_k, gate.n_out);
-    launch_gate_up_few(stream_, gate.type, tiled(gate), tiled(up), quant_rows(c.rows, gate.n_in), c, act);
-    return act;
-  }
-
   gpu::DeviceInfo info_;
   gpu::Stream stream_ = nullptr;
   std::unique_ptr<PinnedRing> ring_;
   std::unique_ptr<WeightUpload> upload_;  // while weights are loaded
   std::shared_ptr<void> counters_;
-  Scratch scratch_;
+  std::unique_ptr<Workspace> work_;
+  std::unique_ptr<Experts> experts_;
 
   // Whose int8 groups lie in kQuant: attention leaves those of its output for the matmul_add that follows.
   const float* quantized_x_ = nullptr;

@@ -1,7 +1,20 @@
 #pragma once
-// Matrix times more than 16 rows: weights are expanded to 16-bit floats in registers, each wave its own tiles straight
-// from global memory; the tokens' activations come through stages of shared memory that all waves read; sums are f32 in
-// the matrix instructions, one run over K. A row's result does not depend on the rows beside it.
+// Matrix times more than 16 rows: weights are expanded to 16-bit floats in registers, each wave its own rows of them;
+// the tokens' activations come through stages of shared memory that all waves read; sums are f32 in the matrix
+// instructions, one run over K. A row's result does not depend on the rows beside it.
+//
+// A block works on jobs: 8 weight tiles times at most kManyTokens tokens. How a job is multiplied differs: many_ring.h
+// (NVIDIA: some waves copy, the others multiply), many_direct.h (AMD: every wave loads its own weights).
+//
+//   struct Job {
+//     int count();               // jobs there are
+//     bool take(int index);      // from now on this one; false: there is nothing to do
+//     int groups, tokens;        // of the job: n_in / 32 of its weights, its tokens
+//     TileView<F> tile(int slot);          // its weight tiles, slot < kManyTiles
+//     int64_t row(int token);              // a token's row of x
+//     int half(int run);                   // 2 * slot + half of a run of 16 weight rows, run < kRuns of this wave
+//     void finish(const ManySums<n>& sums, float* out);  // of a wave; out: kOutFloats of shared memory of its own
+//   };
 
 #include <type_traits>
 
@@ -10,26 +23,11 @@
 
 namespace dflash::hip {
 
-inline constexpr int kManyWaves = gpu::kHalfWaves;
-inline constexpr int kManyThreads = kManyWaves * gpu::kWave;
-inline constexpr int kWaveTiles = 2;  // weight tiles of a wave
-inline constexpr int kManyTiles = kManyWaves * kWaveTiles;
+inline constexpr int kManyWaves = gpu::kHalfWaves;  // that multiply
+inline constexpr int kManyThreads = (kManyWaves + gpu::kHalfProducers) * gpu::kWave;
+inline constexpr int kRuns = gpu::kHalfRuns;  // of 16 weight rows a wave
+inline constexpr int kManyTiles = kManyWaves * kRuns / 2;
 inline constexpr int kTokenBlocks = kManyTokens / gpu::kMmaTokens;
-
-// Activations of a stage: [group][chunk][token][16 bytes]; planes are padded so that the chunks of a token, which are
-// written together, lie in different banks.
-inline constexpr int kChunkPlane = kManyTokens * 16 + 16;
-inline constexpr int kActBytes = gpu::kHalfGroups * 4 * kChunkPlane;
-
-// Behind them, where weights are staged, those of each tile of each wave: quants, then scales.
-template <typename F>
-struct StageOf {
-  static constexpr int kQuants = gpu::kHalfGroups * F::kQuantBytes;
-  static constexpr int kScales = gpu::kHalfGroups * kTile * F::kHalves * 2;
-  static constexpr int kTileBytes = kQuants + kScales;
-  static constexpr int kBytes = kActBytes + (gpu::kHalfStageWeights ? kManyTiles * kTileBytes : 0);
-  static constexpr int kAll = gpu::kHalfStages * kBytes;
-};
 
 // How a format's blocks become 16-bit floats N: what a lane loads of 16 rows of a group, at a Place.
 template <typename F>
@@ -97,177 +95,94 @@ struct HalfRaw {
   }
 };
 
-// A wave's results: [run of 16 weight rows][token block][lane's part].
+// A wave's results of Blocks token blocks: [run of 16 weight rows][token block][lane's part].
+template <int Blocks>
 struct ManySums {
-  static constexpr int kHeld = gpu::kHalfHeld;
-  float v[kWaveTiles * 2 / kHeld][kHeld][kTokenBlocks][gpu::kMmaAcc];
+  static constexpr int kBlocks = Blocks, kHeld = gpu::kHalfHeld;
+  float v[kRuns / kHeld][kHeld][Blocks][gpu::kMmaAcc];
 
   __device__ inline float at(int run, int block, int i) const { return v[run / kHeld][run % kHeld][block][i]; }
 
-  // f(tile, output in the tile, token, value) for every result the lane holds.
-  template <typename Visit>
-  __device__ inline void visit(Visit f) const {
+  __device__ inline void clear() {
 #pragma unroll
-    for (int m = 0; m < kWaveTiles * 2; ++m) {
+    for (int m = 0; m < kRuns; ++m) {
 #pragma unroll
-      for (int b = 0; b < kTokenBlocks; ++b) {
+      for (int b = 0; b < Blocks; ++b) {
 #pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) {
-          f(m / 2, m % 2 * 16 + gpu::mma_row(i / gpu::kMmaToks),
-            b * gpu::kMmaTokens + gpu::mma_token(i % gpu::kMmaToks), at(m, b, i));
-        }
+        for (int i = 0; i < gpu::kMmaAcc; ++i) v[m / kHeld][m % kHeld][b][i] = 0.0f;
       }
     }
   }
 };
 
-// sum = the wave's tiles times the block's tokens, `count` of them in Blocks token blocks; row_of(token): its row of x.
-template <typename F, typename N, int Blocks, typename RowOf>
-__device__ inline void multiply_blocks(const TileView<F> (&tiles)[kWaveTiles], int groups, const HalfRows& x,
-                                       RowOf row_of, int count, uint8_t* stages, ManySums& sum) {
-  constexpr int kGroups = gpu::kHalfGroups, kStages = gpu::kHalfStages, kAhead = gpu::kHalfAhead;
-  constexpr int kHeld = gpu::kHalfHeld, kRuns = kWaveTiles * 2;
-  constexpr int kSets = HalfRaw<F>::kPlanes == 1 ? gpu::kHalfSets : 1;  // bytes need the registers themselves
-  constexpr int kPerToken = kGroups * 4;  // copies of 16 bytes a token's row of a stage takes
-  constexpr int kTokensAtOnce = kManyThreads / kPerToken;
-  constexpr int kCopies = (Blocks * gpu::kMmaTokens + kTokensAtOnce - 1) / kTokensAtOnce;
-  static_assert(kGroups % kSets == 0 && (kSets == 1 || kHeld == kRuns));
-  const int t = static_cast<int>(threadIdx.x);
-  const int chunk = t % kPerToken, first_token = t / kPerToken;
-  const uint16_t* from[kCopies];
+// Results leave through shared memory of each wave, kPassTokens tokens at a time, so that a token's outputs are written
+// side by side: rows of kOutRow floats, 32 of them used.
+inline constexpr int kPassTokens = gpu::kHalfPass, kPassBlocks = kPassTokens / gpu::kMmaTokens;
+inline constexpr int kOutRow = kTile + gpu::kHalfPad;
+inline constexpr int kOutFloats = kPassTokens * kOutRow;
+
+// put(first token, i, token in the pass, block, part) for what the lane holds of each pass, then take(first token) when
+// all of it is there.
+template <int Blocks, typename Put, typename Take>
+__device__ inline void each_pass(int tokens, Put put, Take take) {
 #pragma unroll
-  for (int i = 0; i < kCopies; ++i) {
-    from[i] = x.v + row_of(min(first_token + i * kTokensAtOnce, count - 1)) * x.n + chunk * 8;
-  }
-  gpu::Copy16 copies[kCopies];
-  constexpr int kStageBytes = StageOf<F>::kBytes, kTileBytes = StageOf<F>::kTileBytes, kQuants = StageOf<F>::kQuants;
-  constexpr int kGroupScales = kTile * F::kHalves * 2 / 16, kStepScales = kGroups * kGroupScales;  // copies of 16 bytes
-  static_assert(kStepScales * kWaveTiles <= gpu::kWave);
-  const int wave_weights = kActBytes + gpu::wave() * kWaveTiles * kTileBytes;
-  const int acts_to = chunk * kChunkPlane + first_token * 16;
-  const int lane_scale = gpu::lane() % kStepScales, scale_tile = gpu::lane() / kStepScales;
-  const uint8_t* quants_from[kWaveTiles] = {tiles[0].quants + gpu::lane() * 16, tiles[1].quants + gpu::lane() * 16};
-  const uint16_t* scales_from = (scale_tile == 0 ? tiles[0] : tiles[1]).scales + lane_scale * 8;
-  // Starts the copies of the next step into its stage. Past the last group zeros are written and nothing is read. The
-  // addresses move on in advance(), later: a copy takes a while to read them.
-  int next_group = 0;
-  uint8_t* next_stage = stages;
-  auto start = [&] {
+  for (int b0 = 0; b0 < Blocks; b0 += kPassBlocks) {
+    if (b0 * gpu::kMmaTokens >= tokens) break;
+    gpu::wave_sync();
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const bool valid = next_group + chunk / 4 < groups && first_token + i * kTokensAtOnce < count;
-      gpu::copy_start(copies[i], next_stage + acts_to + i * kTokensAtOnce * 16, from[i], valid);
-    }
-    if constexpr (gpu::kHalfStageWeights) {
-      uint8_t* weights = next_stage + wave_weights;
-      gpu::Copy16 c;
+    for (int b = 0; b < kPassBlocks && b0 + b < Blocks; ++b) {
 #pragma unroll
-      for (int m = 0; m < kWaveTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < kQuants; i += gpu::kWave * 16) {
-          gpu::copy_start(c, weights + m * kTileBytes + i + gpu::lane() * 16, quants_from[m] + i,
-                          next_group + i / F::kQuantBytes < groups);
-        }
-      }
-      if (scale_tile < kWaveTiles) {
-        gpu::copy_start(c, weights + scale_tile * kTileBytes + kQuants + lane_scale * 16, scales_from,
-                        next_group + lane_scale / kGroupScales < groups);
+      for (int i = 0; i < gpu::kMmaAcc; ++i) {
+        put(b * gpu::kMmaTokens + gpu::mma_token(i % gpu::kMmaToks), gpu::mma_row(i / gpu::kMmaToks), b0 + b, i);
       }
     }
-    gpu::copy_commit();
-  };
-  auto advance = [&] {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      gpu::copy_finish(copies[i], next_stage + acts_to + i * kTokensAtOnce * 16);
-      from[i] += kGroups * 32;
-    }
-#pragma unroll
-    for (int m = 0; m < kWaveTiles; ++m) quants_from[m] += kQuants;
-    scales_from += kStepScales * 8;
-    next_group += kGroups;
-    next_stage = next_stage == stages + (kStages - 1) * kStageBytes ? stages : next_stage + kStageBytes;
-  };
-#pragma unroll
-  for (int m = 0; m < kRuns; ++m) {
-#pragma unroll
-    for (int b = 0; b < kTokenBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < gpu::kMmaAcc; ++i) sum.v[m / kHeld][m % kHeld][b][i] = 0.0f;
-    }
+    gpu::wave_sync();
+    take(b0 * gpu::kMmaTokens);
   }
-  using Place = typename HalfRaw<F>::Place;
-  Place at[kWaveTiles] = {Place(tiles[0].quants, tiles[0].scales), Place(tiles[1].quants, tiles[1].scales)};
-  HalfRaw<F> raw[kRuns];
-  auto load_raw = [&](int group) {  // past the end: the last one stays, and meets activations of zero
-    if (group >= groups) return;
-#pragma unroll
-    for (int m = 0; m < kRuns; ++m) raw[m].load(at[m / 2], m % 2);
-    at[0].next();
-    at[1].next();
-  };
-  if (!gpu::kHalfStageWeights) load_raw(0);
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    start();
-    advance();
-  }
-  gpu::HalfWeights w[kSets][kHeld];
-  const int steps = (groups + kGroups - 1) / kGroups;
-  const uint8_t* stage = stages;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    gpu::copy_wait<kAhead - 1>();
-    gpu::products_see_copies();
-    __syncthreads();
-    start();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      gpu::HalfWeights(&now)[kHeld] = w[g % kSets];
-      if constexpr (gpu::kHalfStageWeights) {
-#pragma unroll
-        for (int m = 0; m < kRuns; ++m) {
-          const uint8_t* tile = stage + wave_weights + m / 2 * kTileBytes;
-          raw[m].load(Place(tile + g * F::kQuantBytes, tile + kQuants + g * kTile * F::kHalves * 2), m % 2);
-        }
-      }
-#pragma unroll
-      for (int part = 0; part < kRuns / kHeld; ++part) {
-#pragma unroll
-        for (int m = 0; m < kHeld; ++m) now[m] = raw[part * kHeld + m].template expand<N>();
-        if (!gpu::kHalfStageWeights && part == kRuns / kHeld - 1) load_raw(step * kGroups + g + 1);
-        gpu::products_begin();
-        gpu::half_products<N, Blocks>(sum.v[part], now, stage + g * 4 * kChunkPlane, kChunkPlane);
-        gpu::products_end();
-      }
-      gpu::products_wait<kSets - 1>();
-      gpu::products_hold(w[(g + 1) % kSets]);
-    }
-    advance();
-    stage = stage == stages + (kStages - 1) * kStageBytes ? stages : stage + kStageBytes;
-  }
-  gpu::products_wait<0>();
-  gpu::products_hold(w[kSets - 1]);
 }
 
-// The same for any count up to kManyTokens. All waves take part. stages: StageOf<F>::kAll bytes of shared memory.
-template <typename F, typename N, typename RowOf>
-__device__ inline void multiply_many(const TileView<F> (&tiles)[kWaveTiles], int groups, const HalfRows& x,
-                                     RowOf row_of, int count, uint8_t* stages, ManySums& sum) {
-  constexpr int kParts = kTokenBlocks < 4 ? kTokenBlocks : 4, kPart = kTokenBlocks / kParts * gpu::kMmaTokens;
-  auto multiply = [&](auto parts) {
-    constexpr int kUse = decltype(parts)::value < kParts ? decltype(parts)::value : kParts;
-    multiply_blocks<F, N, kUse*(kTokenBlocks / kParts)>(tiles, groups, x, row_of, count, stages, sum);
-  };
-  if (count <= kPart) {
-    multiply(std::integral_constant<int, 1>{});
-  } else if (kParts == 2 || count <= 2 * kPart) {
-    multiply(std::integral_constant<int, 2>{});
-  } else if (count <= 3 * kPart) {
-    multiply(std::integral_constant<int, 3>{});
-  } else {
-    multiply(std::integral_constant<int, 4>{});
+// y[row_of(token)][tile * 32 ...] (+)= the sums of a job whose runs are in order, the first of them of weight tile
+// `first_tile`.
+template <typename Sums, typename RowOf>
+__device__ inline void write_rows(const Sums& sums, int first_tile, int tokens, RowOf row_of, int64_t n_out, float* y,
+                                  bool add, float* out) {
+  constexpr int kAtOnce = 4;  // tokens whose old values are loaded together
+#pragma unroll
+  for (int m = 0; m < kRuns; m += 2) {
+    const int64_t n = static_cast<int64_t>(first_tile + (gpu::wave() * kRuns + m) / 2) * kTile + gpu::lane();
+    each_pass<Sums::kBlocks>(
+        tokens,
+        [&](int token, int row, int block, int i) {
+          out[token * kOutRow + row] = sums.at(m, block, i);
+          out[token * kOutRow + 16 + row] = sums.at(m + 1, block, i);
+        },
+        [&](int first) {
+          const int count = n < n_out ? min(kPassTokens, tokens - first) : 0;
+#pragma unroll 1
+          for (int t0 = 0; t0 < count; t0 += kAtOnce) {
+            float* to[kAtOnce];
+            float old[kAtOnce];
+#pragma unroll
+            for (int t = 0; t < kAtOnce; ++t) {
+              to[t] = y + row_of(min(first + t0 + t, tokens - 1)) * n_out + n;
+              old[t] = add ? *to[t] : 0.0f;
+            }
+#pragma unroll
+            for (int t = 0; t < kAtOnce; ++t) {
+              if (t0 + t < count) *to[t] = old[t] + out[(t0 + t) * kOutRow + gpu::lane()];
+            }
+          }
+        });
   }
+}
+
+// The runs of a job whose tiles stand side by side: a wave has the halves of tiles in order.
+__device__ inline int half_in_order(int run) { return gpu::wave() * kRuns + run; }
+// Of one whose first half of the tiles are gate and whose others are up: the first runs of a wave are of gate, the
+// others the same rows of up.
+__device__ inline int half_gate_up(int run) {
+  constexpr int kGate = kRuns / 2;
+  return run < kGate ? gpu::wave() * kGate + run : kManyTiles + gpu::wave() * kGate + run - kGate;
 }
 
 }  // namespace dflash::hip

@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-#include "backend/hip/many_rows.h"
+#include "backend/hip/many_direct.h"
+#include "backend/hip/many_ring.h"
 
 namespace dflash::hip {
 
@@ -15,29 +16,51 @@ struct OutList {
   int first_block[kMaxOuts + 1];  // blocks of the outputs before
 };
 
-// grid (blocks of kManyTiles weight tiles of any output, rows / tokens)
+// y (+)= w x: a job is kManyTiles weight tiles of one output by `most` rows.
+template <typename F>
+struct DenseJob {
+  OutList list;
+  int rows, most;
+  bool add;
+  // of the job
+  int groups, tokens;
+  TiledWeight w;
+  float* y;
+  int first_tile, first_row;
+
+  __device__ inline int count() const { return list.first_block[kMaxOuts] * ((rows + most - 1) / most); }
+  __device__ inline bool take(int index) {
+    const int across = list.first_block[kMaxOuts], block = index % across;
+    w = list.out[0].w;
+    y = list.out[0].y;
+    first_tile = block * kManyTiles;
+#pragma unroll
+    for (int o = 1; o < kMaxOuts; ++o) {
+      if (block >= list.first_block[o]) {
+        w = list.out[o].w;
+        y = list.out[o].y;
+        first_tile = (block - list.first_block[o]) * kManyTiles;
+      }
+    }
+    first_row = index / across * most;
+    tokens = min(most, rows - first_row);
+    groups = w.groups;
+    return true;
+  }
+  __device__ inline TileView<F> tile(int slot) const { return {w, 0, min(first_tile + slot, w.tiles - 1)}; }
+  __device__ inline int64_t row(int token) const { return first_row + token; }
+  __device__ inline int half(int run) const { return half_in_order(run); }
+  template <int Blocks>
+  __device__ inline void finish(const ManySums<Blocks>& sums, float* out) const {
+    write_rows(sums, first_tile, tokens, [&](int token) { return row(token); }, w.n_out, y, add, out);
+  }
+};
+
 template <typename F, typename N>
-__global__ void __launch_bounds__(kManyThreads, gpu::kHalfBlocks)
-    matmul_many_kernel(OutList list, HalfRows x, int rows, int tokens, bool add) {
-  DFLASH_STAGES(stages, StageOf<F>::kAll);
+__global__ void __launch_bounds__(kManyThreads, 1) matmul_many_kernel(DenseJob<F> job, HalfRows x, int n_stages) {
+  DFLASH_STAGES(stages, ring_bytes<F>(0));
   gpu::wait_for_previous();
-  int o = 0;
-  while (static_cast<int>(blockIdx.x) >= list.first_block[o + 1]) ++o;
-  const TiledOut& out = list.out[o];
-  const int first_tile = (static_cast<int>(blockIdx.x) - list.first_block[o]) * kManyTiles + gpu::wave() * kWaveTiles;
-  const int first_row = static_cast<int>(blockIdx.y) * tokens;
-  const int count = min(tokens, rows - first_row);
-  const TileView<F> tiles[kWaveTiles] = {TileView<F>(out.w, 0, min(first_tile, out.w.tiles - 1)),
-                                         TileView<F>(out.w, 0, min(first_tile + 1, out.w.tiles - 1))};
-  ManySums sum;
-  multiply_many<F, N>(
-      tiles, out.w.groups, x, [&](int t) { return static_cast<int64_t>(first_row + t); }, count, stages, sum);
-  sum.visit([&](int tile, int column, int token, float v) {
-    const int64_t n = static_cast<int64_t>(first_tile + tile) * kTile + column;
-    if (token >= count || n >= out.w.n_out) return;
-    float* p = out.y + (first_row + token) * out.w.n_out + n;
-    *p = add ? *p + v : v;
-  });
+  multiply_jobs<F, N>(job, x, stages, n_stages);
 }
 
 // ---- norm
@@ -82,20 +105,19 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// Rows of a block: those that leave the machine least idle in the last round of blocks. A block costs its rows and, for
-// expanding the weights, about as much as 16 more.
-int tokens_of_block(int blocks_across, int rows) {
-  int units = 0;
-  GPU_CHECK(DeviceGetAttribute(&units, gpu::kComputeUnits, 0));  // the backend's device
+// Rows of a job: those that leave the machine least idle in the last round of jobs. A job costs its rows and, for its
+// start and end and the expanding of weights, about as much as some more.
+int rows_of_job(int across, int rows) {
+  const int64_t units = gpu::compute_units();
+  constexpr int kStep = kManyTokens / 8;
   int best = kManyTokens;
   int64_t least = INT64_MAX;
-  for (int tokens = kManyTokens; tokens >= kManyTokens / 2; tokens -= kManyTokens / 4) {
-    const int64_t blocks = static_cast<int64_t>(blocks_across) * ((rows + tokens - 1) / tokens);
-    const int64_t slots = static_cast<int64_t>(units) * gpu::kHalfBlocks;
-    const int64_t cost = (blocks + slots - 1) / slots * (tokens + 16);
+  for (int most = kManyTokens; most >= kManyTokens / 2; most -= kStep) {
+    const int64_t jobs = static_cast<int64_t>(across) * ((rows + most - 1) / most);
+    const int64_t cost = (jobs + units - 1) / units * (most + kStep);
     if (cost < least) {
       least = cost;
-      best = tokens;
+      best = most;
     }
   }
   return best;
@@ -105,16 +127,23 @@ int tokens_of_block(int blocks_across, int rows) {
 
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, HalfRows x, int rows, bool add) {
   OutList list = {};
-  for (int i = 0; i < n_outs; ++i) {
-    list.out[i] = outs[i];
-    list.first_block[i + 1] = list.first_block[i] + (outs[i].w.tiles + kManyTiles - 1) / kManyTiles;
+  for (int i = 0; i < kMaxOuts; ++i) {
+    const int blocks = i < n_outs ? (outs[i].w.tiles + kManyTiles - 1) / kManyTiles : 0;
+    if (i < n_outs) list.out[i] = outs[i];
+    list.first_block[i + 1] = list.first_block[i] + blocks;
   }
-  const int tokens = tokens_of_block(list.first_block[n_outs], rows);
-  const dim3 grid(u(list.first_block[n_outs]), u((rows + tokens - 1) / tokens));
+  const int across = list.first_block[kMaxOuts], most = rows_of_job(across, rows);
   with_format(type, [&](auto format) {
     using F = decltype(format);
-    const auto kernel = x.f16 ? matmul_many_kernel<F, gpu::F16> : matmul_many_kernel<F, gpu::BF16>;
-    gpu::launch_stages(s, grid, kManyThreads, StageOf<F>::kAll, kernel, list, x, rows, tokens, add);
+    DenseJob<F> job = {};
+    job.list = list;
+    job.rows = rows;
+    job.most = most;
+    job.add = add;
+    const int n_stages = ring_stages<F>();
+    gpu::launch_stages(s, dim3(blocks_for_jobs(static_cast<int64_t>(across) * ((rows + most - 1) / most))),
+                       kManyThreads, ring_bytes<F>(n_stages),
+                       x.f16 ? matmul_many_kernel<F, gpu::F16> : matmul_many_kernel<F, gpu::BF16>, job, x, n_stages);
   });
 }
 

@@ -1,6 +1,7 @@
 // Experts for more than 16 rows: the router's product, the grouping, and the experts on matrix instructions.
 
-#include "backend/hip/many_rows.h"
+#include "backend/hip/many_direct.h"
+#include "backend/hip/many_ring.h"
 #include "backend/hip/quantize.h"
 
 namespace dflash::hip {
@@ -114,63 +115,110 @@ __global__ void __launch_bounds__(kRouterThreads)
 // ---- experts
 // ------------------------------------------------------------------------------------------------------------
 
-// grid (n_ff / (32 * kManyWaves), max_items): a wave makes a gate tile and the up tile beside it, so that a lane holds
-// both factors of an output.
-template <typename F>
-__global__ void __launch_bounds__(kManyThreads, gpu::kHalfBlocks)
-    gate_up_many_kernel(TiledWeight gate, TiledWeight up, HalfRows x, Routing r, uint16_t* act) {
-  DFLASH_STAGES(stages, StageOf<F>::kAll);
-  gpu::wait_for_previous();
-  const Item item = r.items[blockIdx.y];
-  if (item.count == 0) return;
-  const int* pairs = r.pairs + item.first;
-  const int tile = static_cast<int>(blockIdx.x) * kManyWaves + gpu::wave();
-  const int safe = min(tile, gate.tiles - 1);
-  const TileView<F> tiles[kWaveTiles] = {TileView<F>(gate, item.expert, safe), TileView<F>(up, item.expert, safe)};
-  ManySums sum;
-  multiply_many<F, gpu::F16>(
-      tiles, gate.groups, x, [&](int t) { return static_cast<int64_t>(pairs[t] / r.top_k); }, item.count, stages, sum);
-  if (tile >= gate.tiles) return;
-  const int64_t n_ff = static_cast<int64_t>(gate.tiles) * kTile;
-#pragma unroll
-  for (int b = 0; b < kTokenBlocks; ++b) {
-#pragma unroll
-    for (int j = 0; j < gpu::kMmaToks; ++j) {
-      const int token = b * gpu::kMmaTokens + gpu::mma_token(j);
-      if (token >= item.count) continue;
-      uint16_t* out = act + pairs[token] * n_ff + tile * kTile;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < gpu::kMmaRows; ++i) {
-          const int at = i * gpu::kMmaToks + j;
-          const float v = swiglu(sum.at(h, b, at), sum.at(2 + h, b, at));
-          out[gpu::half_slot(h * 16 + gpu::mma_row(i))] = static_cast<uint16_t>(gpu::BF16::pack(v, v));
-        }
-      }
-    }
+// What the two products have in common: a job is `across` blocks of an item.
+struct ExpertJob {
+  Routing r;
+  int across;
+  // of the job
+  int groups, tokens;
+  Item item;
+  const int* pairs;
+  int block;
+
+  __device__ inline int count() const { return across * *r.n_items; }
+  __device__ inline bool take(int index) {
+    item = r.items[index / across];
+    block = index % across;
+    pairs = r.pairs + item.first;
+    tokens = item.count;
+    return tokens > 0;
   }
+};
+
+// act[pair] = silu(gate x) * up x. The first tiles of a job are gate's, the others up's of the same outputs, so that a
+// lane holds both factors.
+template <typename F>
+struct GateUpJob : ExpertJob {
+  static constexpr int kTiles = kManyTiles / 2;
+  TiledWeight gate, up;
+  uint16_t* act;
+
+  __device__ inline TileView<F> tile(int slot) const {
+    return {slot < kTiles ? gate : up, item.expert, min(block * kTiles + slot % kTiles, gate.tiles - 1)};
+  }
+  __device__ inline int64_t row(int token) const { return pairs[token] / r.top_k; }
+  __device__ inline int half(int run) const { return half_gate_up(run); }
+  template <int Blocks>
+  __device__ inline void finish(const ManySums<Blocks>& sums, float* out) const {
+    constexpr int kGate = kRuns / 2, kPieces = kGate * 2;  // 16 bytes each, of a token
+    constexpr int kStride = kGate * 16 + 8;
+    uint16_t* staged = reinterpret_cast<uint16_t*>(out);
+    const int64_t n_ff = static_cast<int64_t>(gate.tiles) * kTile;
+    const int first_half = block * kManyTiles + half(0);
+    each_pass<Blocks>(
+        tokens,
+        [&](int token, int row, int b, int i) {
+#pragma unroll
+          for (int m = 0; m < kGate; ++m) {
+            const float v = swiglu(sums.at(m, b, i), sums.at(kGate + m, b, i));
+            // the slots of 16 rows follow each other wherever the first of them is
+            staged[token * kStride + gpu::half_slot((first_half + m) % 2 * 16 + row) - first_half % 2 * 16] =
+                static_cast<uint16_t>(gpu::BF16::pack(v, v));
+          }
+        },
+        [&](int first) {
+          const int piece = gpu::lane() % kPieces;
+          if (first_half * 16 + piece * 8 >= n_ff) return;
+#pragma unroll 1
+          for (int t = gpu::lane() / kPieces; t < min(kPassTokens, tokens - first); t += gpu::kWave / kPieces) {
+            *reinterpret_cast<uint4*>(act + pairs[first + t] * n_ff + first_half * 16 + piece * 8) =
+                *reinterpret_cast<const uint4*>(staged + t * kStride + piece * 8);
+          }
+        });
+  }
+};
+
+// y[pair] = down act[pair]
+template <typename F>
+struct DownJob : ExpertJob {
+  TiledWeight down;
+  float* y;
+
+  __device__ inline TileView<F> tile(int slot) const {
+    return {down, item.expert, min(block * kManyTiles + slot, down.tiles - 1)};
+  }
+  __device__ inline int64_t row(int token) const { return pairs[token]; }
+  __device__ inline int half(int run) const { return half_in_order(run); }
+  template <int Blocks>
+  __device__ inline void finish(const ManySums<Blocks>& sums, float* out) const {
+    write_rows(sums, block * kManyTiles, tokens, [&](int token) { return row(token); }, down.n_out, y, false, out);
+  }
+};
+
+template <typename F>
+__global__ void __launch_bounds__(kManyThreads, 1) gate_up_many_kernel(GateUpJob<F> job, HalfRows x, int n_stages) {
+  DFLASH_STAGES(stages, ring_bytes<F>(0));
+  gpu::wait_for_previous();
+  multiply_jobs<F, gpu::F16>(job, x, stages, n_stages);
 }
 
-// grid (blocks of kManyTiles tiles of n_embd, max_items): y[pair]
 template <typename F>
-__global__ void __launch_bounds__(kManyThreads, gpu::kHalfBlocks)
-    down_many_kernel(TiledWeight down, HalfRows act, Routing r, float* y) {
-  DFLASH_STAGES(stages, StageOf<F>::kAll);
+__global__ void __launch_bounds__(kManyThreads, 1) down_many_kernel(DownJob<F> job, HalfRows act, int n_stages) {
+  DFLASH_STAGES(stages, ring_bytes<F>(0));
   gpu::wait_for_previous();
-  const Item item = r.items[blockIdx.y];
-  if (item.count == 0) return;
-  const int* pairs = r.pairs + item.first;
-  const int first_tile = static_cast<int>(blockIdx.x) * kManyTiles + gpu::wave() * kWaveTiles;
-  const TileView<F> tiles[kWaveTiles] = {TileView<F>(down, item.expert, min(first_tile, down.tiles - 1)),
-                                         TileView<F>(down, item.expert, min(first_tile + 1, down.tiles - 1))};
-  ManySums sum;
-  multiply_many<F, gpu::BF16>(
-      tiles, down.groups, act, [&](int t) { return static_cast<int64_t>(pairs[t]); }, item.count, stages, sum);
-  sum.visit([&](int tile, int column, int token, float v) {
-    const int64_t n = static_cast<int64_t>(first_tile + tile) * kTile + column;
-    if (token < item.count && n < down.n_out) y[pairs[token] * down.n_out + n] = v;
-  });
+  multiply_jobs<F, gpu::BF16>(job, act, stages, n_stages);
+}
+
+// Queues `kernel` for the jobs of all items.
+template <typename F, typename Job>
+void launch_experts(gpu::Stream s, void (*kernel)(Job, HalfRows, int), Job job, const Routing& r, int across, int groups,
+                    HalfRows x) {
+  job.r = r;
+  job.across = across;
+  job.groups = groups;
+  const int n_stages = ring_stages<F>();
+  gpu::launch_stages(s, dim3(blocks_for_jobs(static_cast<int64_t>(across) * r.max_items)), kManyThreads,
+                     ring_bytes<F>(n_stages), kernel, job, x, n_stages);
 }
 
 }  // namespace
@@ -192,8 +240,12 @@ void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, con
                          const Routing& r, HalfRows act) {
   with_format(type, [&](auto format) {
     using F = decltype(format);
-    gpu::launch_stages(s, dim3(u((gate.tiles + kManyWaves - 1) / kManyWaves), u(r.max_items)), kManyThreads,
-                       StageOf<F>::kAll, gate_up_many_kernel<F>, gate, up, x, r, act.v);
+    GateUpJob<F> job = {};
+    job.gate = gate;
+    job.up = up;
+    job.act = act.v;
+    const int across = (gate.tiles + kManyTiles / 2 - 1) / (kManyTiles / 2);
+    launch_experts<F>(s, gate_up_many_kernel<F>, job, r, across, gate.groups, x);
   });
 }
 
@@ -201,8 +253,10 @@ void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRo
                       float* x) {
   with_format(type, [&](auto format) {
     using F = decltype(format);
-    gpu::launch_stages(s, dim3(u((down.tiles + kManyTiles - 1) / kManyTiles), u(r.max_items)), kManyThreads,
-                       StageOf<F>::kAll, down_many_kernel<F>, down, act, r, y);
+    DownJob<F> job = {};
+    job.down = down;
+    job.y = y;
+    launch_experts<F>(s, down_many_kernel<F>, job, r, (down.tiles + kManyTiles - 1) / kManyTiles, down.groups, act);
   });
   launch_add_experts(s, r, y, down.n_out, x);
 }

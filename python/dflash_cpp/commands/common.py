@@ -23,7 +23,7 @@ from rich.progress import (
 
 from ..api import Engine
 from ..errors import DFlashError
-from ..options import BACKENDS, KV_TYPES, EngineOptions, GenerateOptions
+from ..options import BACKENDS, KV_TYPES, NUMA, EngineOptions, GenerateOptions
 
 if TYPE_CHECKING:
     from ..options import GenerateKwargs
@@ -81,7 +81,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
     group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N", help="prompt tokens of a prefill chunk")
     group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
-    group.add_argument("--no-repack", action="store_true", help="read the weights where the file is mapped")
+    group.add_argument("--no-repack", action="store_true", help="use the weights where the file is mapped: slower")
+    group.add_argument("--numa", choices=NUMA, default=d.numa, help="memory over NUMA nodes (default: %(default)s)")
 
 
 def add_generate_flags(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
@@ -161,6 +162,7 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
             n_batch=args.n_batch,
             cpu_isa=args.cpu_isa,
             repack=not args.no_repack,
+            numa=args.numa,
             progress=progress,
         )
 
