@@ -1,12 +1,14 @@
 // Attention over a KV cache in fixed splits (flash decoding): a block takes one split of the keys, one KV head and a
 // few of the queries that share it; where there is more than one split, the block that finishes last adds the splits of
 // its queries in order. Where splits begin depends on positions alone, so neither a row's splits nor their sums depend
-// on the rows beside it. The first split is long: short contexts need no second one, and adding splits takes longer
-// than the keys do.
+// on the rows beside it. Splits are long: short contexts need no second one, and adding splits takes longer than the
+// keys do.
 //
-// In a split wave w takes the runs of 16 keys w, w + 16, ... on its own, two lanes to a key, with a running maximum;
-// the waves are added in order at the end.
+// In a split wave w takes the runs w, w + 16, ... of keys on its own, with a running maximum; the waves are added in
+// order at the end. Runs of the first split have 16 keys, so that all waves soon have one; later runs have 32, two of
+// them a lane's: a query read from shared memory then serves two keys.
 
+#include "backend/hip/attention_run.h"
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
 #include "backend/hip/rope.h"
@@ -17,28 +19,17 @@ namespace {
 
 constexpr int kAttentionThreads = 512;
 constexpr int kAttentionWaves = kAttentionThreads / gpu::kWave;
-constexpr int kRun = 16, kKeyLanes = gpu::kWave / kRun;
 
-// A split of 512 keys, then of 256 up to 8192, of 1024 beyond.
-constexpr int kFirstEnd = 512, kMiddleEnd = 8192;
-constexpr int kMiddleSplits = (kMiddleEnd - kFirstEnd) / 256;
+// Splits of 512 keys up to 8192, of 1024 beyond.
+constexpr int kShort = 512, kLong = 1024, kShortEnd = 8192, kShortSplits = kShortEnd / kShort;
 
 __host__ __device__ inline int split_of(int key) {
-  return key < kFirstEnd    ? 0
-         : key < kMiddleEnd ? 1 + (key - kFirstEnd) / 256
-                            : 1 + kMiddleSplits + (key - kMiddleEnd) / 1024;
+  return key < kShortEnd ? key / kShort : kShortSplits + (key - kShortEnd) / kLong;
 }
 
 __host__ __device__ inline int split_begin(int split) {
-  return split == 0                  ? 0
-         : split < 1 + kMiddleSplits ? kFirstEnd + (split - 1) * 256
-                                     : kMiddleEnd + (split - 1 - kMiddleSplits) * 1024;
+  return split < kShortSplits ? split * kShort : kShortEnd + (split - kShortSplits) * kLong;
 }
-
-// One query's keys are [first, end).
-struct KeyRange {
-  int first, end;
-};
 
 struct AttentionArgs {
   Attention a;
@@ -64,183 +55,6 @@ struct AttentionArgs {
     return {first, end};
   }
 };
-
-// N consecutive elements of a key or value row as they lie in the cache; N a multiple of 4 within one group of 32 (or
-// N = 1, 2).
-template <DType T, int N>
-struct Elements {
-  using Element = std::conditional_t<T == DType::F32, float, std::conditional_t<T == DType::F16, uint16_t, int8_t>>;
-  static constexpr size_t kBytes = N * sizeof(Element);
-  struct alignas(kBytes > 16 ? 16 : kBytes) Vector {
-    Element e[N];
-  };
-  Vector v;
-  uint16_t scale;  // Q8_0
-
-  __device__ inline void load(const KvLayer& kv, const void* base, int head, int64_t pos, int dim) {
-    const int64_t at = pos * kv.head_dim + dim;
-    if constexpr (T == DType::Q8_0) {
-      const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
-      const int8_t* q = static_cast<const int8_t*>(base) + head * head_bytes;
-      v = *reinterpret_cast<const Vector*>(q + at);
-      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim)[at / 32];
-    } else {
-      const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * kv.head_dim;
-      v = *reinterpret_cast<const Vector*>(static_cast<const Element*>(base) + head_at + at);
-    }
-  }
-  __device__ inline void get(float (&f)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if constexpr (T == DType::F32) {
-        f[i] = v.e[i];
-      } else if constexpr (T == DType::F16) {
-        f[i] = gpu::half_to_float(v.e[i]);
-      } else {
-        f[i] = static_cast<float>(v.e[i]) * gpu::half_to_float(scale);
-      }
-    }
-  }
-};
-
-// What a wave knows of its queries so far.
-template <int Dims, int Queries>
-struct WaveState {
-  KeyRange keys[Queries];
-  float largest[Queries];
-  float sum[Queries];      // of the lane's keys
-  float o[Queries][Dims];  // the lane's dimensions
-};
-
-// The step's own key and value, as the cache holds them from now on; position -1: they are in the cache already.
-template <int HeadDim>
-struct OwnKey {
-  const float* k;
-  const float* v;
-  int position;
-};
-
-// A run of keys: each pair of lanes has a key, 8 dimensions in turn; each lane has some dimensions of all values.
-template <DType T, int Dims, bool Hold>
-struct Run {
-  static constexpr int kPieces = Dims * 32 / (8 * kKeyLanes);
-  static constexpr bool kHeld = Hold;
-  Elements<T, 8> k[Hold ? kPieces : 1];
-  Elements<T, Dims> v[Hold ? kRun : 1];
-  const KvLayer* kv;
-  int head, key0, begin, end;
-
-  __device__ inline int dim(int piece) const { return (piece * kKeyLanes + gpu::lane() % kKeyLanes) * 8; }
-  __device__ inline int safe(int key) const { return max(begin, min(key, end - 1)); }
-  // [begin, end): keys of the whole block.
-  __device__ inline void load(const KvLayer& from, int kv_head, int first, int block_begin, int block_end) {
-    kv = &from;
-    head = kv_head;
-    key0 = first;
-    begin = block_begin;
-    end = block_end;
-    if constexpr (Hold) {
-      const int key = safe(key0 + gpu::lane() / kKeyLanes);
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) k[i].load(*kv, kv->k, head, key, dim(i));
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) v[j].load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
-    }
-  }
-  __device__ inline void key_piece(int i, float (&f)[8]) const {
-    if constexpr (Hold) {
-      k[i].get(f);
-    } else {
-      Elements<T, 8> e;
-      e.load(*kv, kv->k, head, safe(key0 + gpu::lane() / kKeyLanes), dim(i));
-      e.get(f);
-    }
-  }
-  __device__ inline void value(int j, float (&f)[Dims]) const {
-    if constexpr (Hold) {
-      v[j].get(f);
-    } else {
-      Elements<T, Dims> e;
-      e.load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
-      e.get(f);
-    }
-  }
-};
-
-template <int Dims, int Queries, bool TakeIn, typename R>
-__device__ inline void take_run(const R& run, float scale, const float (&q)[Queries][Dims * 32],
-                                float (&e_lds)[Queries][kRun], const OwnKey<Dims * 32>& own,
-                                WaveState<Dims, Queries>& w) {
-  const int key = run.key0 + gpu::lane() / kKeyLanes;
-  constexpr int kUnroll = R::kHeld ? R::kPieces : gpu::kAttentionUnroll;
-  float score[Queries][4] = {};
-#pragma unroll kUnroll
-  for (int piece = 0; piece < R::kPieces; ++piece) {
-    const int dim = run.dim(piece);
-    float k[8];
-    run.key_piece(piece, k);
-    if (TakeIn && key == own.position) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) k[i] = own.k[dim + i];
-    }
-#pragma unroll
-    for (int i = 0; i < Queries; ++i) {
-      const float4 a = *reinterpret_cast<const float4*>(&q[i][dim]);
-      const float4 b = *reinterpret_cast<const float4*>(&q[i][dim + 4]);
-      score[i][0] = fmaf(b.x, k[4], fmaf(a.x, k[0], score[i][0]));
-      score[i][1] = fmaf(b.y, k[5], fmaf(a.y, k[1], score[i][1]));
-      score[i][2] = fmaf(b.z, k[6], fmaf(a.z, k[2], score[i][2]));
-      score[i][3] = fmaf(b.w, k[7], fmaf(a.w, k[3], score[i][3]));
-    }
-  }
-  gpu::wave_sync();  // the weights of the run before have been read
-#pragma unroll
-  for (int i = 0; i < Queries; ++i) {
-    float s = (score[i][0] + score[i][1]) + (score[i][2] + score[i][3]);
-#pragma unroll
-    for (int m = 1; m < kKeyLanes; m <<= 1) s += gpu::shuffle_xor(s, m);
-    s = key >= w.keys[i].first && key < w.keys[i].end ? s * scale : -INFINITY;
-    float top = fmaxf(w.largest[i], s);
-#pragma unroll
-    for (int m = kKeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
-    const float e = s == -INFINITY ? 0.0f : expf(s - top);
-    const float keep = w.largest[i] == -INFINITY ? 0.0f : expf(w.largest[i] - top);
-    const bool first = gpu::lane() % kKeyLanes == 0;
-    w.sum[i] = fmaf(w.sum[i], keep, first ? e : 0.0f);
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) w.o[i][d] *= keep;
-    w.largest[i] = top;
-    if (first) e_lds[i][gpu::lane() / kKeyLanes] = e;
-  }
-  gpu::wave_sync();
-  constexpr int kBatch = 8;
-#pragma unroll
-  for (int j0 = 0; j0 < kRun; j0 += kBatch) {
-    float v[kBatch][Dims];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      run.value(j0 + j, v[j]);
-      if (TakeIn && run.safe(run.key0 + j0 + j) == own.position) {
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) v[j][d] = own.v[gpu::lane() * Dims + d];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Queries; ++i) {
-#pragma unroll
-      for (int j = 0; j < kBatch; j += 4) {
-        const float4 e = *reinterpret_cast<const float4*>(&e_lds[i][j0 + j]);
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) {
-          w.o[i][d] = fmaf(e.x, v[j][d], w.o[i][d]);
-          w.o[i][d] = fmaf(e.y, v[j + 1][d], w.o[i][d]);
-          w.o[i][d] = fmaf(e.z, v[j + 2][d], w.o[i][d]);
-          w.o[i][d] = fmaf(e.w, v[j + 3][d], w.o[i][d]);
-        }
-      }
-    }
-  }
-}
 
 // ---- q, k and v of one row as the projections left them
 // ------------------------------------------------------------
@@ -379,20 +193,23 @@ __device__ inline void prefetch_keys(const AttentionArgs& p, int kv_head, int be
 }
 
 // grid (query blocks, n_head_kv, splits); Dims: head_dim / 32; Queries of a block share the KV head. TakeIn: q, k and v
-// of one row are as the projections left them.
-template <DType T, int Dims, int Queries, bool TakeIn>
+// of one row are as the projections left them. OneSplit: no query of the launch has a second split.
+template <DType T, int Dims, int Queries, bool TakeIn, bool OneSplit>
 __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(AttentionArgs p) {
   constexpr int kHeadDim = Dims * 32;
   constexpr bool kHold = T == DType::F16 && Dims <= 4 && Queries <= 2;
   alignas(16) __shared__ float q_lds[Queries][kHeadDim];
-  __shared__ float o_lds[kAttentionWaves][Queries][kHeadDim];
-  __shared__ float2 ml_lds[kAttentionWaves][Queries];                  // largest score, sum
-  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kRun];  // weights of the wave's keys
+  constexpr int kFit = 4096 / (Queries * kHeadDim),
+                kTogether = kFit < kAttentionWaves ? kFit : kAttentionWaves;  // waves added up at a time
+  __shared__ float o_lds[kTogether][Queries][kHeadDim];
+  __shared__ KeyRange keys_lds[Queries];
+  __shared__ float2 ml_lds[kAttentionWaves][Queries];                       // largest score, sum
+  alignas(16) __shared__ float e_lds[kAttentionWaves][Queries][kLaterRun];  // weights of the wave's keys
   const int group = p.a.n_head / p.a.n_head_kv;
   const int n_queries = p.rows * group;
   const int first_query = static_cast<int>(blockIdx.x) * Queries;
   const int kv_head = static_cast<int>(blockIdx.y);
-  const int split = static_cast<int>(blockIdx.z);
+  const int split = OneSplit ? 0 : static_cast<int>(blockIdx.z);
   const int last_query = min(first_query + Queries, n_queries) - 1;
   // Rows ascend with queries, so the block's keys lie between its first row's first and its last row's end.
   const int all_first = p.keys(first_query / group).first, all_end = p.keys(last_query / group).end;
@@ -401,9 +218,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   const int t = static_cast<int>(threadIdx.x), wave = gpu::wave();
   prefetch_keys(p, kv_head, begin, min(end, p.pos0.get()));
   auto head_of = [&](int query) { return kv_head * group + query % group; };
-  int key0 = split_begin(split) + wave * kRun;
-  if (begin > key0) key0 += (begin - key0) / (kAttentionWaves * kRun) * (kAttentionWaves * kRun);
-  Run<T, Dims, kHold> run;
+  using FirstRun = Run<T, Dims, kFirstKeyLanes, kFirstLaneKeys, kHold>;
+  using LaterRun = Run<T, Dims, kLaterKeyLanes, kLaterLaneKeys, false>;
+  const int wave_key0 = wave * FirstRun::kKeys;
+  FirstRun run;  // split 0
   OwnKey<kHeadDim> own = {nullptr, nullptr, -1};
   if constexpr (TakeIn) {
     __shared__ typename Intake<Queries>::Shared lds;
@@ -412,7 +230,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, end > position);
     gpu::wait_only();
     intake.load();
-    run.load(p.kv, kv_head, key0, begin, end);
+    if (OneSplit || split == 0) run.load(p.kv, kv_head, wave_key0, begin, end);
     intake.run(q_lds);
     gpu::release_next();
   } else {
@@ -423,35 +241,44 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
       reinterpret_cast<float4*>(&q_lds[0][0])[i] =
           reinterpret_cast<const float4*>(p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
     }
-    run.load(p.kv, kv_head, key0, begin, end);
+    if (OneSplit || split == 0) run.load(p.kv, kv_head, wave_key0, begin, end);
   }
+  if (t < Queries) keys_lds[t] = p.keys(min(first_query + t, last_query) / group);
   WaveState<Dims, Queries> w;
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
-    w.keys[i] = p.keys(min(first_query + i, last_query) / group);
     w.largest[i] = -INFINITY;
     w.sum[i] = 0.0f;
 #pragma unroll
     for (int d = 0; d < Dims; ++d) w.o[i][d] = 0.0f;
   }
   __syncthreads();
+  if (OneSplit || split == 0) {
 #pragma unroll 1
-  while (key0 < end) {
-    if (key0 + kRun > begin) take_run<Dims, Queries, TakeIn>(run, p.a.scale, q_lds, e_lds[wave], own, w);
-    key0 += kAttentionWaves * kRun;
-    if (key0 < end) run.load(p.kv, kv_head, key0, begin, end);
+    for (int key0 = wave_key0; key0 < end;) {
+      if (key0 + FirstRun::kKeys > begin)
+        take_run<Dims, Queries, TakeIn>(run, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+      key0 += kAttentionWaves * FirstRun::kKeys;
+      if (key0 < end) run.load(p.kv, kv_head, key0, begin, end);
+    }
+  } else {
+    LaterRun later;
+#pragma unroll 1
+    for (int key0 = split_begin(split) + wave * kLaterRun; key0 < end; key0 += kAttentionWaves * kLaterRun) {
+      later.load(p.kv, kv_head, key0, begin, end);
+      if (key0 + kLaterRun > begin)
+        take_run<Dims, Queries, TakeIn>(later, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+    }
   }
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
     const float sum = gpu::wave_sum(w.sum[i]);
     if (gpu::lane() == 0) ml_lds[wave][i] = make_float2(w.largest[i], sum);
-#pragma unroll
-    for (int d = 0; d < Dims; ++d) o_lds[wave][i][gpu::lane() * Dims + d] = w.o[i][d];
   }
-  __syncthreads();
 
   // The waves in order, a thread for a dimension of a query: a wave has a group of 32 of the result.
   const int first_split = split_of(all_first), last_split = split_of(all_end - 1);
+  const bool only = OneSplit || first_split == last_split;
   auto partial_of = [&](int query) {
     return (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * p.max_splits;
   };
@@ -461,24 +288,47 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     quantize_group(v, p.quant.q + (at & ~int64_t{31}), p.quant.scale + at / 32);
   };
   const int n_results = (last_query - first_query + 1) * kHeadDim;
-  for (int i = t; i < n_results; i += kAttentionThreads) {
-    const int local = i / kHeadDim, dim = i % kHeadDim;
-    float2 ml = make_float2(-INFINITY, 0.0f);  // a lane has a wave's
-    if (gpu::lane() < kAttentionWaves) ml = ml_lds[gpu::lane()][local];
-    const float top = gpu::wave_max(ml.x), scale = ml.x == -INFINITY ? 0.0f : expf(ml.x - top);
-    const float total = gpu::wave_sum(scale * ml.y);
-    float r = 0.0f;
+  constexpr int kResults = (Queries * kHeadDim + kAttentionThreads - 1) / kAttentionThreads;
+  float r[kResults] = {}, top[kResults], total[kResults], scale[kResults];  // scale: a lane has a wave's
 #pragma unroll
-    for (int v = 0; v < kAttentionWaves; ++v) r = fmaf(gpu::shuffle(scale, v), o_lds[v][local][dim], r);
-    if (first_split == last_split) {
-      finish(first_query + local, dim, r / total);
-    } else {
-      const int64_t at = partial_of(first_query + local) + split;
-      p.o[at * kHeadDim + dim] = r;
-      if (dim == 0) p.ml[at] = make_float2(top, total);
+  for (int wave0 = 0; wave0 < kAttentionWaves; wave0 += kTogether) {
+    if (wave0 > 0) __syncthreads();
+    if (wave >= wave0 && wave < wave0 + kTogether) {
+#pragma unroll
+      for (int i = 0; i < Queries; ++i) {
+#pragma unroll
+        for (int d = 0; d < Dims; ++d) o_lds[wave - wave0][i][gpu::lane() * Dims + d] = w.o[i][d];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kResults; ++n) {
+      const int i = t + n * kAttentionThreads, local = i / kHeadDim, dim = i % kHeadDim;
+      if (i >= n_results) continue;
+      if (wave0 == 0) {
+        float2 ml = make_float2(-INFINITY, 0.0f);
+        if (gpu::lane() < kAttentionWaves) ml = ml_lds[gpu::lane()][local];
+        top[n] = gpu::wave_max(ml.x);
+        scale[n] = ml.x == -INFINITY ? 0.0f : exp2f(ml.x - top[n]);
+        total[n] = gpu::wave_sum(scale[n] * ml.y);
+      }
+#pragma unroll
+      for (int v = 0; v < kTogether; ++v) r[n] = fmaf(gpu::shuffle(scale[n], wave0 + v), o_lds[v][local][dim], r[n]);
     }
   }
-  if (first_split == last_split) return;
+#pragma unroll
+  for (int n = 0; n < kResults; ++n) {
+    const int i = t + n * kAttentionThreads, local = i / kHeadDim, dim = i % kHeadDim;
+    if (i >= n_results) continue;
+    if (only) {
+      finish(first_query + local, dim, r[n] / total[n]);
+    } else {
+      const int64_t at = partial_of(first_query + local) + split;
+      p.o[at * kHeadDim + dim] = r[n];
+      if (dim == 0) p.ml[at] = make_float2(top[n], total[n]);
+    }
+  }
+  if (only) return;
   int* counter = p.arrived + kv_head * gridDim.x + blockIdx.x;
   if (!gpu::last_to_arrive(counter, last_split - first_split + 1)) return;
   for (int i = t; i < n_results; i += kAttentionThreads) {
@@ -492,7 +342,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
 #pragma unroll 4
     for (int s = first; s <= last; ++s) {
       const float largest = gpu::load_fresh(&p.ml[at + s].x), sum = gpu::load_fresh(&p.ml[at + s].y);
-      const float scale = largest == -INFINITY ? 0.0f : expf(largest - top);
+      const float scale = largest == -INFINITY ? 0.0f : exp2f(largest - top);
       total = fmaf(scale, sum, total);
       r = fmaf(scale, gpu::load_fresh(&p.o[(at + s) * kHeadDim + dim]), r);
     }
@@ -531,21 +381,30 @@ void split(gpu::Stream s, const AttentionArgs& args) {
   };
   auto run = [&](auto queries) {
     constexpr int kQueries = decltype(queries)::value;
-    if constexpr (gpu::kTakeIn && Dims == 4) {
-      if (args.in.k != nullptr) return launch(kQueries, attention_split_kernel<T, Dims, kQueries, true>);
-    }
-    launch(kQueries, attention_split_kernel<T, Dims, kQueries, false>);
+    auto of_splits = [&](auto one) {
+      constexpr bool kOne = decltype(one)::value;
+      if constexpr (gpu::kTakeIn && Dims == 4) {
+        if (args.in.k != nullptr) return launch(kQueries, attention_split_kernel<T, Dims, kQueries, true, kOne>);
+      }
+      launch(kQueries, attention_split_kernel<T, Dims, kQueries, false, kOne>);
+    };
+    args.max_splits == 1 ? of_splits(std::true_type{}) : of_splits(std::false_type{});
   };
-  // Blocks with fewer queries finish sooner, as long as all are at work at the same time. A query's result does not
-  // depend on how many share its block.
-  const int most_blocks = 3 * gpu::compute_units();
-  constexpr int kMost = Dims <= 4 ? 4 : 2;
-  if (n_queries == 1 || blocks_of(1) <= most_blocks) {
+  // A multiprocessor has room for one block with several queries. Blocks with fewer queries finish sooner, as long as
+  // all are at work at the same time. A query's result does not depend on how many share its block.
+  const int units = gpu::compute_units();
+  if (n_queries == 1 || blocks_of(1) <= units) {
     run(std::integral_constant<int, 1>{});
-  } else if (n_queries == 2 || blocks_of(2) <= most_blocks) {
+  } else if (n_queries == 2 || blocks_of(2) <= units || Dims > 4) {
     run(std::integral_constant<int, 2>{});
-  } else {
-    run(std::integral_constant<int, kMost>{});
+  } else if constexpr (Dims <= 4) {
+    if (n_queries <= 4 || blocks_of(4) <= units) {
+      run(std::integral_constant<int, 4>{});
+    } else if (blocks_of(6) == blocks_of(8)) {
+      run(std::integral_constant<int, 6>{});
+    } else {
+      run(std::integral_constant<int, 8>{});
+    }
   }
 }
 

@@ -259,7 +259,7 @@ class HipBackend final : public Backend {
     }
     begin_op();
     // A recorded step serves every position up to a bound; longer contexts take the next recording.
-    step_keys_ = 1024;
+    step_keys_ = 512;
     while (step_keys_ < step.pos0 + step.rows) step_keys_ *= 2;
     current_ = {key, step_keys_};
     upload(position_slot(), &step.pos0, sizeof(int));
