@@ -63,8 +63,8 @@ VERIFY: dict[str, Floats] = {
 DRAFT = (0.045, 0.1, 0.2, 0.4)
 
 
-# A drafter that missed some text and heard of the last 16, 48, 128 tokens again accepts 71, 82, 85% in slot 1 instead of
-# 86% (mini pair, strong): log-odds lost, by tokens heard.
+# A drafter that missed some text and heard of the last 16, 48, 128 tokens again accepts 71, 82, 85% in slot 1 instead
+# of 86% (mini pair, strong): log-odds lost, by tokens heard.
 FORGETFUL, RECOVERY = 1.9, 24.0
 
 

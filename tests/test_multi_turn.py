@@ -107,7 +107,8 @@ def test_chat_turns_reuse_the_cache(engine: Engine) -> None:
 
 
 def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
-    # Imposed chances of nothing: the drafter is soon not told of the text. Later turns at depth "auto" draft around what it missed.
+    # Imposed chances of nothing: the drafter is soon not told of the text. Later turns at depth "auto" draft around
+    # what it missed.
     prompt = list(prompts[2])
     session = engine.session
     session.begin(prompt, _core.SamplingParams(), max_tokens=400, lookup=False, simulate_accept=[0.0])
