@@ -8,9 +8,12 @@ namespace dflash::hip {
 
 class Experts {
  public:
-  // distinct [1]: the sum of distinct experts over all calls, on the device
-  Experts(gpu::Stream stream, Workspace& workspace, int* distinct)
-      : stream_(stream), work_(workspace), distinct_(distinct) {}
+  // On the device: distinct [1], the sum of distinct experts over all calls; flags [kExpertFlags], zero.
+  Experts(gpu::Stream stream, Workspace& workspace, int* distinct, int* flags)
+      : stream_(stream),
+        work_(workspace),
+        distinct_(distinct),
+        flags_{flags, flags + kStreamItems, flags + kStreamItems + kStreamTiles} {}
 
   void moe(const Moe& m, int rows, float* x);  // x [rows, n_embd]
   void ffn(const Ffn& f, int rows, float* x);
@@ -24,6 +27,7 @@ class Experts {
   gpu::Stream stream_;
   Workspace& work_;
   int* distinct_;
+  ExpertFlags flags_;
 };
 
 }  // namespace dflash::hip

@@ -360,6 +360,47 @@ __device__ inline int load_fresh(const int* p) {
 #endif
 }
 
+// Any type of 4, 8 or 16 bytes, aligned so.
+template <typename T>
+__device__ inline T load_fresh(const T* p) {
+  T v;
+#if defined(DFLASH_GPU_HIP)
+  for (size_t i = 0; i < sizeof(T) / sizeof(int); ++i) {
+    reinterpret_cast<int*>(&v)[i] = load_fresh(reinterpret_cast<const int*>(p) + i);
+  }
+#else
+  if constexpr (sizeof(T) == 16) {
+    *reinterpret_cast<int4*>(&v) = __ldcg(reinterpret_cast<const int4*>(p));
+  } else {
+    static_assert(sizeof(T) == 8);
+    *reinterpret_cast<int2*>(&v) = __ldcg(reinterpret_cast<const int2*>(p));
+  }
+#endif
+  return v;
+}
+
+// A counter in global memory that blocks of one kernel tell each other by: whoever sees it grown sees what the lane
+// (and, after wave_sync, its wave) wrote before.
+__device__ inline void add_release(int* p, int v) {
+#if defined(DFLASH_GPU_HIP)
+  (void)__hip_atomic_fetch_add(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+#elif defined(__CUDA_ARCH__)
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+#endif
+}
+
+__device__ inline int load_acquire(const int* p) {
+#if defined(DFLASH_GPU_HIP)
+  return __hip_atomic_load(p, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
+#elif defined(__CUDA_ARCH__)
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+#else
+  return *p;
+#endif
+}
+
 // ---- device: bytes and numbers
 // -----------------------------------------------------------------------------------------
 
@@ -580,6 +621,17 @@ constexpr int blocks_per_unit(int rows) {
 #else
   return rows == 1 ? 3 : 2;
 #endif
+}
+
+// Blocks of a kernel that a multiprocessor holds at a time.
+template <typename... P>
+int blocks_that_fit(void (*kernel)(P...), unsigned threads, size_t shared) {
+  int blocks = 0;
+#if defined(DFLASH_GPU_CUDA)
+  GPU_CHECK(FuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+#endif
+  GPU_CHECK(OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), shared));
+  return blocks;
 }
 
 inline int compute_units() {

@@ -95,6 +95,20 @@ void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, cons
 // x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
 void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
 
+// experts_stream.hip. Both in one launch, on NVIDIA and for at most kStreamRows rows.
+inline constexpr int kStreamRows = 8;
+inline constexpr int kStreamItems = 256, kStreamTiles = 4096;
+struct ExpertFlags {       // counts of what blocks have done for each other; zero between launches
+  int* ready = nullptr;    // [kStreamItems] groups of an item's activations
+  int* arrived = nullptr;  // [kStreamTiles] items of a tile of outputs
+  int* done = nullptr;     // [1] tiles of outputs
+};
+inline constexpr int kExpertFlags = kStreamItems + kStreamTiles + 1;
+bool experts_stream(int rows, DType gate_up, DType down, const TiledWeight& w);  // w: of down
+void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                           const TiledWeight& down, QuantRows x, const FewChoice& c, MutableQuantRows act,
+                           ExpertFlags flags, float* y, float* out);
+
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,
                           float* act);

@@ -1,0 +1,359 @@
+// The experts of few rows in one launch. A block makes gate and up tiles first, down tiles after, and their weights
+// pass through one ring without a pause: where a down tile's activations are not there yet, its weights are. An
+// expert's down tiles wait for that expert's activations alone; experts are taken in order, so most need not wait.
+//
+// Blocks wait for each other, so all must be on the device at a time: launch_experts_stream launches no more than fit.
+
+#include <algorithm>
+
+#include "backend/hip/group_few.h"
+#include "backend/hip/quantize.h"
+
+namespace dflash::hip {
+
+namespace {
+
+// What a block does: gate and up tiles blockIdx, blockIdx + gridDim, ... of all experts' (by expert); then down tiles,
+// likewise. Blocks that have one gate and up tile less take as many down tiles as make up for it before the others.
+class Work {
+ public:
+  struct Task {
+    int item, tile;
+  };
+
+  __device__ Work(int items, int ff_tiles, int down_tiles, int ff_groups, int down_groups)
+      : ff_tiles_(ff_tiles), down_tiles_(down_tiles) {
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int units = items * ff_tiles, downs = items * down_tiles, more = units % blocks;
+    gate_up_ = units / blocks + (block < more ? 1 : 0);
+    const int light = blocks - more;
+    const int early = more == 0 ? 0 : min((2 * ff_groups + down_groups / 2) / down_groups, downs / light);
+    early_ = block < more ? 0 : early;
+    early_first_ = block - more;
+    light_ = light;
+    late_first_ = early * light + block;
+    count_ = gate_up_ + early_ + (late_first_ < downs ? (downs - 1 - late_first_) / blocks + 1 : 0);
+  }
+
+  __device__ int gate_up() const { return gate_up_; }  // tasks: these, then down tiles
+  __device__ int count() const { return count_; }
+  __device__ Task task(int k) const {
+    const int blocks = static_cast<int>(gridDim.x);
+    if (k < gate_up_) return split(static_cast<int>(blockIdx.x) + k * blocks, ff_tiles_);
+    k -= gate_up_;
+    return split(k < early_ ? early_first_ + k * light_ : late_first_ + (k - early_) * blocks, down_tiles_);
+  }
+
+ private:
+  static __device__ Task split(int at, int tiles) { return {at / tiles, at % tiles}; }
+
+  int ff_tiles_, down_tiles_;
+  int gate_up_, count_;
+  int early_, early_first_, light_, late_first_;
+};
+
+struct ExpertTiles {
+  TiledWeight gate, up, down;
+};
+
+// A wave's weights, task after task: its segment of the gate and the up tile, or of the down tile.
+template <typename F, int Slots, typename Grouped>
+class TaskStream {
+ public:
+  using Layout = Slot<F, 0>;
+
+  __device__ TaskStream(uint8_t* lds, const ExpertTiles& w, const Grouped& g, const Work& work, Span in, Span ff)
+      : lds_(lds), w_(w), g_(g), work_(work), in_(in), ff_(ff) {}
+
+  __device__ inline void start() {
+#pragma unroll
+    for (int s = 0; s < Slots; ++s) {
+      copy(lds_ + s * Layout::kBytes);
+      gpu::copy_commit();
+    }
+  }
+
+  // The groups that take() hands out: a tile's.
+  __device__ void expect(int groups) { groups_ = groups; }
+
+  // Calls use(quants, scales, first group within the segment, groups, slot) for the pieces of the next tile, in order.
+  template <typename Use>
+  __device__ inline void take(Use use) {
+#pragma unroll 1
+    for (int g = 0; g < groups_; g += kChunk<F>) {
+      gpu::copy_wait<Slots - 1>();
+      uint8_t* slot = lds_ + slot_;
+      use(slot, reinterpret_cast<const uint16_t*>(slot + Layout::kScales), g, min(kChunk<F>, groups_ - g), slot);
+      gpu::wave_sync();
+      copy(slot);
+      gpu::copy_commit();
+      slot_ += Layout::kBytes;
+      if (slot_ == Slots * Layout::kBytes) slot_ = 0;
+    }
+  }
+
+ private:
+  // Turns to the next tile with something in it for this wave.
+  __device__ inline bool next_tile() {
+    while (task_ < work_.count()) {
+      const Work::Task t = work_.task(task_);
+      const bool down = task_ >= work_.gate_up();
+      const Span span = down ? ff_ : in_;
+      const TileView<F> tile(down ? w_.down : half_ == 0 ? w_.gate : w_.up, g_.expert[t.item], t.tile);
+      quants_ = tile.group_quants(span.g0) + gpu::lane() * 16;
+      scales_ = reinterpret_cast<const uint8_t*>(tile.group_scales(span.g0)) + gpu::lane() * 16;
+      left_ = span.g1 - span.g0;
+      half_ ^= down ? 0 : 1;
+      task_ += half_ == 0 ? 1 : 0;
+      if (left_ > 0) return true;
+    }
+    return false;
+  }
+
+  __device__ inline void copy(uint8_t* slot) {
+    if (left_ <= 0 && !next_tile()) return;
+    constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;
+    const int scale_bytes = min(left_, kChunk<F>) * kScaleBytes - gpu::lane() * 16;
+    slot += gpu::lane() * 16;
+    if (left_ >= kChunk<F>) {
+#pragma unroll
+      for (int i = 0; i < kChunk<F> * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < left_ * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk<F> * kScaleBytes; i += 512) {
+      if (scale_bytes > i) gpu::copy_begin<16>(slot + Layout::kScales + i, scales_ + i);
+    }
+    quants_ += kChunk<F> * F::kQuantBytes;
+    scales_ += kChunk<F> * kScaleBytes;
+    left_ -= kChunk<F>;
+  }
+
+  uint8_t* lds_;
+  const ExpertTiles& w_;
+  const Grouped& g_;
+  const Work& work_;
+  Span in_, ff_;
+  int task_ = 0, half_ = 0;  // what comes next
+  int groups_ = 0;
+  int slot_ = 0;  // of the next piece to use, in bytes
+  int left_ = 0;  // groups of the tile at hand that are not copied yet
+  const uint8_t* quants_ = nullptr;
+  const uint8_t* scales_ = nullptr;
+};
+
+template <typename F>
+constexpr int kStreamSlots = 12 / kChunk<F>;
+constexpr int kBatch = 4;  // down tiles that are made between two waits for other blocks
+
+// Rows of activations of a batch, and rows of partial sums: gate and up of a tile, twice where there is room, or the
+// batch's.
+constexpr int batch_rows(int max_rows) {
+  return max_rows == 1 ? kBatch : 2 * kBatch < max_rows ? max_rows : 2 * kBatch;
+}
+constexpr int sum_buffers(int max_rows) { return max_rows <= 4 ? 2 : 1; }
+constexpr int sum_rows(int max_rows) {
+  const int gate_up = 2 * sum_buffers(max_rows) * max_rows;
+  return gate_up > batch_rows(max_rows) ? gate_up : batch_rows(max_rows);
+}
+
+// Down tiles that are made together.
+struct Batch {
+  Work::Task task[kBatch];
+  int first_row[kBatch + 1];  // of its activations
+  int tiles;
+  int last[kBatch];  // whether the tile of outputs is complete with this one
+
+  // By a wave: the tiles from task k on whose activations fit.
+  template <typename Grouped>
+  __device__ inline void fill(const Work& work, int k, const Grouped& g, int most_rows) {
+    const bool there = gpu::lane() < kBatch && k + gpu::lane() < work.count();
+    const Work::Task t = there ? work.task(k + gpu::lane()) : Work::Task{0, 0};
+    const int count = there ? g.count[t.item] : most_rows + 1, before = gpu::wave_sum_before(count);
+    const bool fits = before + count <= most_rows;
+    const int n = gpu::wave_sum(fits ? 1 : 0);
+    if (fits) {
+      task[gpu::lane()] = t;
+      first_row[gpu::lane()] = before;
+    }
+    if (gpu::lane() == n - 1) {
+      first_row[n] = before + count;
+      tiles = n;
+    }
+    gpu::wave_sync();
+  }
+  __device__ int tile_of(int row) const {
+    int t = 0;
+    while (row >= first_row[t + 1]) ++t;
+    return t;
+  }
+};
+
+// flags: ready [256] activations of an item that are done, arrived [down.tiles] items of a tile of outputs, done [1]
+// tiles; zero between launches. y [pairs, down.tiles * 32], out [rows, n_out]
+template <typename F, int MaxRows>
+__global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
+    experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, MutableQuantRows act,
+                          ExpertFlags flags, float* y, float* out) {
+  extern __shared__ __align__(16) uint8_t lds[];
+  constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows), kBatchRows = batch_rows(MaxRows);
+  __shared__ Partial<kSums> sums;
+  __shared__ Grouping<MaxRows> g;
+  __shared__ Batch batches[2];  // taken in turn
+  const int wave = gpu::wave(), thread = static_cast<int>(threadIdx.x), rows = choice.rows;
+  const float bias0 = first_bias(choice);
+  gpu::wait_only();
+  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
+  if (blockIdx.x == 0 && thread == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
+  const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
+  const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
+  TaskStream<F, kStreamSlots<F>, Grouping<MaxRows>> stream(memory.ring(lds, wave), w, g, work, in, ff);
+  stream.start();
+  ActRows acts = stage_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
+  weigh_few(choice, g);  // read after a barrier
+
+  stream.expect(in.g1 - in.g0);
+  int k = 0, buffer = 0;
+#pragma unroll 1
+  for (; k < work.gate_up(); ++k) {
+    const Work::Task t = work.task(k);
+    const int count = g.count[t.item];
+    const int16_t* pairs = g.pairs + g.first[t.item];
+    const int16_t* rows_at = g.rows + g.first[t.item];
+    float (*mine)[kTile] = sums[wave] + buffer * 2 * MaxRows;
+    auto row_of = [&](int i) { return static_cast<int>(rows_at[i]); };
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      tile_segment<F, MaxRows, false>(stream, acts, row_of, count, mine + half * MaxRows);
+    }
+    __syncthreads();
+    const int segments = segment_count(w.gate.groups);
+    // another wave each time, since it waits until others see what it wrote
+    for (int i = (wave + k) % kSegments; i < count; i += kSegments) {
+      const float gate = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + i, gpu::lane());
+      const float up = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + MaxRows + i, gpu::lane());
+      const int64_t group = static_cast<int64_t>(pairs[i]) * w.gate.tiles + t.tile;
+      quantize_group(swiglu(gate, up), act.q + group * 32, act.scale + group);
+      gpu::wave_sync();
+      if (gpu::lane() == 0) gpu::add_release(flags.ready + t.item, 1);
+    }
+    if (kBuffers == 1) __syncthreads();
+    buffer = kBuffers - 1 - buffer;
+  }
+
+  stream.expect(ff.g1 - ff.g0);
+  buffer = 0;
+  const QuantRows hidden = {act.q, act.scale, static_cast<int64_t>(w.down.groups) * 32};
+  const int64_t y_stride = static_cast<int64_t>(w.down.tiles) * kTile;
+#pragma unroll 1
+  while (k < work.count()) {
+    Batch& batch = batches[buffer];
+    if (wave == 0) {
+      batch.fill(work, k, g, kBatchRows);
+      if (thread < batch.tiles) {
+        const int item = batch.task[thread].item;
+        while (gpu::load_acquire(flags.ready + item) < w.gate.tiles * g.count[item]) {
+        }
+      }
+    }
+    __syncthreads();
+    const int tiles = batch.tiles, batch_count = batch.first_row[tiles];
+    if (k + tiles >= work.count()) gpu::release_next();
+    auto pair_at = [&](int row) {
+      const int t = batch.tile_of(row);
+      return static_cast<int>(g.pairs[g.first[batch.task[t].item] + row - batch.first_row[t]]);
+    };
+    acts = stage_acts<false, true>(memory.act_rows(lds, wave), hidden, ff, pair_at, batch_count, batch_count);
+#pragma unroll 1
+    for (int t = 0; t < tiles; ++t) {
+      const int first = batch.first_row[t];
+      tile_segment<F, MaxRows, false>(
+          stream, acts, [&](int i) { return first + i; }, batch.first_row[t + 1] - first, sums[wave] + first);
+    }
+    __syncthreads();
+    const int segments = segment_count(w.down.groups);
+    for (int row = wave; row < batch_count; row += kSegments) {
+      y[pair_at(row) * y_stride + batch.task[batch.tile_of(row)].tile * kTile + gpu::lane()] =
+          add_segments<kSums>(sums, segments, row, gpu::lane());
+    }
+    __syncthreads();
+    if (thread < tiles) {
+      int* arrived = flags.arrived + batch.task[thread].tile;
+      __threadfence();
+      const bool is_last = atomicAdd(arrived, 1) == g.items - 1;
+      if (is_last) *arrived = 0;
+      batch.last[thread] = is_last;
+      __threadfence();
+    }
+    __syncthreads();
+    for (int i = wave; i < tiles * rows; i += kSegments) {
+      const int t = i / rows, row = i % rows;
+      if (!batch.last[t]) continue;
+      const int64_t column = static_cast<int64_t>(batch.task[t].tile) * kTile + gpu::lane();
+      float before = 0.0f, sum = 0.0f;
+      if (column < w.down.n_out) before = out[row * w.down.n_out + column];
+#pragma unroll 8
+      for (int slot = 0; slot < choice.top_k; ++slot) {
+        const int pair = row * choice.top_k + slot;
+        sum = fmaf(g.weight[pair], gpu::load_fresh(y + pair * y_stride + column), sum);
+      }
+      if (column < w.down.n_out) out[row * w.down.n_out + column] = before + sum;
+    }
+    if (thread < tiles && batch.last[thread] && atomicAdd(flags.done, 1) == w.down.tiles - 1) {
+      *flags.done = 0;  // all tiles of outputs are made: nobody waits any more
+      for (int i = 0; i < g.items; ++i) flags.ready[i] = 0;
+    }
+    k += tiles;
+    buffer = 1 - buffer;
+  }
+}
+
+template <typename F, int MaxRows>
+size_t stream_memory(WaveMemory& m, int rows, int in_groups, int ff_groups) {
+  m.ring_bytes = kStreamSlots<F> * Slot<F, 0>::kBytes;
+  const int in = segment_groups(in_groups), ff = segment_groups(ff_groups);
+  const int acts = std::max(rows * act_bytes(in), batch_rows(MaxRows) * act_bytes(ff));
+  m.acts = (acts + act_bytes(in) - 1) / act_bytes(in);  // counted in rows of the input's segment
+  m.segment = in;
+  return kSegments * static_cast<size_t>(m.wave_bytes());
+}
+
+}  // namespace
+
+bool experts_stream(int rows, DType gate_up, DType down, const TiledWeight& w) {
+  return gpu::kStaged && rows <= kStreamRows && gate_up == down && is_quantized(down) && w.tiles <= kStreamTiles;
+}
+
+void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                           const TiledWeight& down, QuantRows x, const FewChoice& c, MutableQuantRows act,
+                           ExpertFlags flags, float* y, float* out) {
+  const ExpertTiles w = {gate, up, down};
+  const int most = c.rows * c.top_k < c.n_expert ? c.rows * c.top_k : c.n_expert;  // items
+  with_format(type, [&](auto format) {
+    auto run = [&](auto max_rows) {
+      if constexpr (gpu::kStaged) {
+        using F = decltype(format);
+        constexpr int kRows = decltype(max_rows)::value;
+        WaveMemory memory;
+        const size_t shared = stream_memory<F, kRows>(memory, c.rows, gate.groups, down.groups);
+        const auto kernel = experts_stream_kernel<F, kRows>;
+        const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
+        if (fit == 0) fail("GPU: ", c.rows, " rows of ", c.top_k, " experts need too much shared memory");
+        const int resident = std::min(fit, gpu::blocks_per_unit(c.rows)) * gpu::compute_units();
+        const dim3 grid(static_cast<unsigned>(std::min(most * gate.tiles, resident)));
+        gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, memory, act, flags, y, out);
+      }
+    };
+    if (c.rows == 1) {
+      run(std::integral_constant<int, 1>{});
+    } else if (c.rows <= 4) {
+      run(std::integral_constant<int, 4>{});
+    } else {
+      run(std::integral_constant<int, kStreamRows>{});
+    }
+  });
+}
+
+}  // namespace dflash::hip
