@@ -8,12 +8,9 @@ namespace dflash::hip {
 
 class Experts {
  public:
-  // On the device: distinct [1], the sum of distinct experts over all calls; flags [kExpertFlags], zero.
-  Experts(gpu::Stream stream, Workspace& workspace, int* distinct, int* flags)
-      : stream_(stream),
-        work_(workspace),
-        distinct_(distinct),
-        flags_{flags, flags + kStreamItems, flags + kStreamItems + kStreamTiles} {}
+  // On the device: distinct [1], the sum of distinct experts over all calls; launch [2], zero at first.
+  Experts(gpu::Stream stream, Workspace& workspace, int* distinct, int* launch)
+      : stream_(stream), work_(workspace), distinct_(distinct), launch_(launch) {}
 
   void moe(const Moe& m, int rows, float* x);  // x [rows, n_embd]
   void ffn(const Ffn& f, int rows, float* x);
@@ -27,7 +24,7 @@ class Experts {
   gpu::Stream stream_;
   Workspace& work_;
   int* distinct_;
-  ExpertFlags flags_;
+  int* launch_;
 };
 
 }  // namespace dflash::hip

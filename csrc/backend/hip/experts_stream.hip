@@ -13,8 +13,9 @@ namespace dflash::hip {
 
 namespace {
 
-// What a block does: gate and up tiles blockIdx, blockIdx + gridDim, ... of all experts' (by expert); then down tiles,
-// likewise. Blocks that have one gate and up tile less take as many down tiles as make up for it before the others.
+// What a block does: gate and up tiles blockIdx, blockIdx + gridDim, ... of all experts' (by expert); then down tiles.
+// Blocks that have one gate and up tile less than others take as many down tiles as make up for it first, of experts
+// whose gate and up tiles are made in the rounds that all blocks have.
 class Work {
  public:
   struct Task {
@@ -24,32 +25,35 @@ class Work {
   __device__ Work(int items, int ff_tiles, int down_tiles, int ff_groups, int down_groups)
       : ff_tiles_(ff_tiles), down_tiles_(down_tiles) {
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-    const int units = items * ff_tiles, downs = items * down_tiles, more = units % blocks;
-    gate_up_ = units / blocks + (block < more ? 1 : 0);
-    const int light = blocks - more;
-    const int early = more == 0 ? 0 : min((2 * ff_groups + down_groups / 2) / down_groups, downs / light);
-    early_ = block < more ? 0 : early;
-    early_first_ = block - more;
-    light_ = light;
-    late_first_ = early * light + block;
-    count_ = gate_up_ + early_ + (late_first_ < downs ? (downs - 1 - late_first_) / blocks + 1 : 0);
+    const int units = items * ff_tiles, downs = items * down_tiles, rounds = units / blocks, more = units % blocks;
+    const int made = rounds * blocks / ff_tiles;  // experts
+    light_ = blocks - more;
+    const int alike = (2 * ff_groups + down_groups / 2) / down_groups;  // down tiles as dear as one of gate and up
+    const int early = more == 0 ? 0 : min(alike, made * down_tiles / light_);
+    light_block_ = block - more;
+    const bool light = light_block_ >= 0;
+    gate_up_ = rounds + (light ? 0 : 1);
+    early_end_ = gate_up_ + (light ? early : 0);
+    late_first_ = early * light_ + (light ? light_block_ : light_ + block);
+    count_ = early_end_ + (late_first_ < downs ? (downs - 1 - late_first_) / blocks + 1 : 0);
   }
 
   __device__ int gate_up() const { return gate_up_; }  // tasks: these, then down tiles
+  __device__ int early_end() const { return early_end_; }
   __device__ int count() const { return count_; }
   __device__ Task task(int k) const {
     const int blocks = static_cast<int>(gridDim.x);
     if (k < gate_up_) return split(static_cast<int>(blockIdx.x) + k * blocks, ff_tiles_);
-    k -= gate_up_;
-    return split(k < early_ ? early_first_ + k * light_ : late_first_ + (k - early_) * blocks, down_tiles_);
+    return split(k < early_end_ ? light_block_ + (k - gate_up_) * light_ : late_first_ + (k - early_end_) * blocks,
+                 down_tiles_);
   }
 
  private:
   static __device__ Task split(int at, int tiles) { return {at / tiles, at % tiles}; }
 
   int ff_tiles_, down_tiles_;
-  int gate_up_, count_;
-  int early_, early_first_, light_, late_first_;
+  int gate_up_, early_end_, count_;
+  int light_block_, light_, late_first_;
 };
 
 struct ExpertTiles {
@@ -164,12 +168,12 @@ struct Batch {
   Work::Task task[kBatch];
   int first_row[kBatch + 1];  // of its activations
   int tiles;
-  int last[kBatch];  // whether the tile of outputs is complete with this one
 
   // By a wave: the tiles from task k on whose activations fit.
   template <typename Grouped>
   __device__ inline void fill(const Work& work, int k, const Grouped& g, int most_rows) {
-    const bool there = gpu::lane() < kBatch && k + gpu::lane() < work.count();
+    const int end = k < work.early_end() ? work.early_end() : work.count();  // those wait for others
+    const bool there = gpu::lane() < kBatch && k + gpu::lane() < end;
     const Work::Task t = there ? work.task(k + gpu::lane()) : Work::Task{0, 0};
     const int count = there ? g.count[t.item] : most_rows + 1, before = gpu::wave_sum_before(count);
     const bool fits = before + count <= most_rows;
@@ -191,22 +195,90 @@ struct Batch {
   }
 };
 
-// flags: ready [256] activations of an item that are done, arrived [down.tiles] items of a tile of outputs, done [1]
-// tiles; zero between launches. y [pairs, down.tiles * 32], out [rows, n_out]
+// Rows pair_of(0) .. pair_of(count - 1) of the activations, the wave's segment alone, to its own shared memory at lds,
+// as soon as they are posted.
+template <typename PairOf>
+__device__ inline ActRows await_acts(uint8_t* lds, const ExpertWords& words, int groups_of_all, Span span,
+                                     PairOf pair_of, int count, uint32_t launch) {
+  constexpr int kTogether = 4, kGroups = 8, kLoads = 3;  // words a lane has under way for each row
+  const int groups = span.g1 - span.g0, lane = gpu::lane();
+  uint32_t* const q = reinterpret_cast<uint32_t*>(lds);
+  const int stride = act_stride(groups) / 4;
+  uint32_t* const scale = q + count * stride;
+  for (int r0 = 0; r0 < count; r0 += kTogether) {
+    for (int g = 0; g < groups; g += kGroups) {
+      const int n = min(groups - g, kGroups);
+      const int64_t first = span.g0 + g;
+      uint64_t v[kTogether][kLoads];
+      bool missing;
+      do {
+        missing = false;
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int64_t group = static_cast<int64_t>(pair_of(min(r0 + j, count - 1))) * groups_of_all + first;
+          const uint64_t *from_q = words.q + group * 8, *from_scale = words.scale + group * 2;
+          if (lane < n * 8) v[j][0] = gpu::peek(from_q + lane);
+          if (lane + 32 < n * 8) v[j][1] = gpu::peek(from_q + lane + 32);
+          if (lane < n * 2) v[j][2] = gpu::peek(from_scale + lane);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          missing = missing || (lane < n * 8 && !gpu::posted(v[j][0], launch)) ||
+                    (lane + 32 < n * 8 && !gpu::posted(v[j][1], launch)) ||
+                    (lane < n * 2 && !gpu::posted(v[j][2], launch));
+        }
+      } while (missing);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int r = r0 + j;
+        if (r >= count) break;
+        if (lane < n * 8) q[r * stride + g * 8 + lane] = static_cast<uint32_t>(v[j][0]);
+        if (lane + 32 < n * 8) q[r * stride + g * 8 + lane + 32] = static_cast<uint32_t>(v[j][1]);
+        if (lane < n * 2) scale[(r * groups + g) * 2 + lane] = static_cast<uint32_t>(v[j][2]);
+      }
+    }
+  }
+  gpu::wave_sync();
+  return {reinterpret_cast<const int8_t*>(q), reinterpret_cast<const GroupScale*>(scale), act_stride(groups), groups};
+}
+
+// A wave's values as an int8 group.
+__device__ inline void post_group(float v, uint64_t* q, uint64_t* scale, uint32_t launch) {
+  int i;
+  const GroupScale s = quantize_lane(v, &i);
+  const int lane = gpu::lane();
+  uint32_t bytes = (static_cast<uint32_t>(i) & 255u) << (8 * (lane & 3));
+  bytes |= gpu::shuffle_xor(bytes, 1);
+  bytes |= gpu::shuffle_xor(bytes, 2);
+  if ((lane & 3) == 0) gpu::post(q + lane / 4, bytes, launch);
+  if (lane == 1) gpu::post(scale, __float_as_uint(s.d), launch);
+  if (lane == 2) gpu::post(scale + 1, static_cast<uint32_t>(s.sum), launch);
+}
+
+// out [rows, n_out]
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
-    experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, MutableQuantRows act,
-                          ExpertFlags flags, float* y, float* out) {
+    experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
+                          float* out) {
   extern __shared__ __align__(16) uint8_t lds[];
   constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows), kBatchRows = batch_rows(MaxRows);
   __shared__ Partial<kSums> sums;
   __shared__ Grouping<MaxRows> g;
   __shared__ Batch batches[2];  // taken in turn
+  __shared__ int launches;
   const int wave = gpu::wave(), thread = static_cast<int>(threadIdx.x), rows = choice.rows;
   const float bias0 = first_bias(choice);
   gpu::wait_only();
+  if (thread == 0) launches = gpu::load_fresh(words.launch) + 1;
   group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
-  if (blockIdx.x == 0 && thread == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
+  const uint32_t launch = static_cast<uint32_t>(launches);
+  if (thread == 0) {
+    if (blockIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
+    if (atomicAdd(words.launch + 1, 1) == static_cast<int>(gridDim.x) - 1) {  // every block has read the number
+      words.launch[0] = launches;
+      words.launch[1] = 0;
+    }
+  }
   const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
   const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
   TaskStream<F, kStreamSlots<F>, Grouping<MaxRows>> stream(memory.ring(lds, wave), w, g, work, in, ff);
@@ -230,14 +302,11 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     }
     __syncthreads();
     const int segments = segment_count(w.gate.groups);
-    // another wave each time, since it waits until others see what it wrote
     for (int i = (wave + k) % kSegments; i < count; i += kSegments) {
       const float gate = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + i, gpu::lane());
       const float up = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + MaxRows + i, gpu::lane());
       const int64_t group = static_cast<int64_t>(pairs[i]) * w.gate.tiles + t.tile;
-      quantize_group(swiglu(gate, up), act.q + group * 32, act.scale + group);
-      gpu::wave_sync();
-      if (gpu::lane() == 0) gpu::add_release(flags.ready + t.item, 1);
+      post_group(swiglu(gate, up), words.q + group * 8, words.scale + group * 2, launch);
     }
     if (kBuffers == 1) __syncthreads();
     buffer = kBuffers - 1 - buffer;
@@ -245,19 +314,11 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
 
   stream.expect(ff.g1 - ff.g0);
   buffer = 0;
-  const QuantRows hidden = {act.q, act.scale, static_cast<int64_t>(w.down.groups) * 32};
   const int64_t y_stride = static_cast<int64_t>(w.down.tiles) * kTile;
 #pragma unroll 1
   while (k < work.count()) {
     Batch& batch = batches[buffer];
-    if (wave == 0) {
-      batch.fill(work, k, g, kBatchRows);
-      if (thread < batch.tiles) {
-        const int item = batch.task[thread].item;
-        while (gpu::load_acquire(flags.ready + item) < w.gate.tiles * g.count[item]) {
-        }
-      }
-    }
+    if (wave == 0) batch.fill(work, k, g, kBatchRows);
     __syncthreads();
     const int tiles = batch.tiles, batch_count = batch.first_row[tiles];
     if (k + tiles >= work.count()) gpu::release_next();
@@ -265,48 +326,55 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       const int t = batch.tile_of(row);
       return static_cast<int>(g.pairs[g.first[batch.task[t].item] + row - batch.first_row[t]]);
     };
-    acts = stage_acts<false, true>(memory.act_rows(lds, wave), hidden, ff, pair_at, batch_count, batch_count);
+    acts = await_acts(memory.act_rows(lds, wave), words, w.down.groups, ff, pair_at, batch_count, launch);
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
       const int first = batch.first_row[t];
-      tile_segment<F, MaxRows, false>(
-          stream, acts, [&](int i) { return first + i; }, batch.first_row[t + 1] - first, sums[wave] + first);
+      auto row_of = [&](int i) { return first + i; };
+      tile_segment<F, MaxRows, false>(stream, acts, row_of, batch.first_row[t + 1] - first, sums[wave] + first);
     }
     __syncthreads();
     const int segments = segment_count(w.down.groups);
     for (int row = wave; row < batch_count; row += kSegments) {
-      y[pair_at(row) * y_stride + batch.task[batch.tile_of(row)].tile * kTile + gpu::lane()] =
-          add_segments<kSums>(sums, segments, row, gpu::lane());
-    }
-    __syncthreads();
-    if (thread < tiles) {
-      int* arrived = flags.arrived + batch.task[thread].tile;
-      __threadfence();
-      const bool is_last = atomicAdd(arrived, 1) == g.items - 1;
-      if (is_last) *arrived = 0;
-      batch.last[thread] = is_last;
-      __threadfence();
-    }
-    __syncthreads();
-    for (int i = wave; i < tiles * rows; i += kSegments) {
-      const int t = i / rows, row = i % rows;
-      if (!batch.last[t]) continue;
-      const int64_t column = static_cast<int64_t>(batch.task[t].tile) * kTile + gpu::lane();
-      float before = 0.0f, sum = 0.0f;
-      if (column < w.down.n_out) before = out[row * w.down.n_out + column];
-#pragma unroll 8
-      for (int slot = 0; slot < choice.top_k; ++slot) {
-        const int pair = row * choice.top_k + slot;
-        sum = fmaf(g.weight[pair], gpu::load_fresh(y + pair * y_stride + column), sum);
-      }
-      if (column < w.down.n_out) out[row * w.down.n_out + column] = before + sum;
-    }
-    if (thread < tiles && batch.last[thread] && atomicAdd(flags.done, 1) == w.down.tiles - 1) {
-      *flags.done = 0;  // all tiles of outputs are made: nobody waits any more
-      for (int i = 0; i < g.items; ++i) flags.ready[i] = 0;
+      const int64_t column = static_cast<int64_t>(batch.task[batch.tile_of(row)].tile) * kTile + gpu::lane();
+      const float v = add_segments<kSums>(sums, segments, row, gpu::lane());
+      gpu::post(words.y + pair_at(row) * y_stride + column, __float_as_uint(v), launch);
     }
     k += tiles;
     buffer = 1 - buffer;
+  }
+  gpu::release_next();
+
+  // The outputs: the waves of all blocks take a tile of a row each, and add the experts in the row's own order.
+  const int blocks = static_cast<int>(gridDim.x);
+  for (int i = wave * blocks + static_cast<int>(blockIdx.x); i < rows * w.down.tiles; i += kSegments * blocks) {
+    const int row = i / w.down.tiles;
+    const int64_t column = static_cast<int64_t>(i % w.down.tiles) * kTile + gpu::lane();
+    const bool there = column < w.down.n_out;
+    float* const to = out + row * w.down.n_out + column;
+    const float before = there ? *to : 0.0f;
+    float sum = 0.0f;
+    constexpr int kTogether = 8;
+    for (int first = 0; first < choice.top_k; first += kTogether) {
+      uint64_t v[kTogether];
+      bool missing;
+      do {
+        missing = false;
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int pair = row * choice.top_k + min(first + j, choice.top_k - 1);
+          v[j] = gpu::peek(words.y + pair * y_stride + column);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) missing = missing || !gpu::posted(v[j], launch);
+      } while (missing);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (first + j >= choice.top_k) break;
+        sum = fmaf(g.weight[row * choice.top_k + first + j], __uint_as_float(static_cast<uint32_t>(v[j])), sum);
+      }
+    }
+    if (there) *to = before + sum;
   }
 }
 
@@ -322,28 +390,38 @@ size_t stream_memory(WaveMemory& m, int rows, int in_groups, int ff_groups) {
 
 }  // namespace
 
-bool experts_stream(int rows, DType gate_up, DType down, const TiledWeight& w) {
-  return gpu::kStaged && rows <= kStreamRows && gate_up == down && is_quantized(down) && w.tiles <= kStreamTiles;
+size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd) {
+  const int64_t columns = (n_embd + kTile - 1) / kTile * kTile;
+  return static_cast<size_t>(pairs * (n_ff / 4 + n_ff / 16 + columns)) * sizeof(uint64_t);
+}
+
+bool experts_stream(int rows, DType gate_up, DType down) {
+  return gpu::kStaged && rows <= kStreamRows && gate_up == down && is_quantized(down);
 }
 
 void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
-                           const TiledWeight& down, QuantRows x, const FewChoice& c, MutableQuantRows act,
-                           ExpertFlags flags, float* y, float* out) {
+                           const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                           float* out) {
   const ExpertTiles w = {gate, up, down};
-  const int most = c.rows * c.top_k < c.n_expert ? c.rows * c.top_k : c.n_expert;  // items
+  const int pairs = c.rows * c.top_k, most = std::min(pairs, c.n_expert);  // items
+  ExpertWords words;
+  words.q = static_cast<uint64_t*>(memory);
+  words.scale = words.q + static_cast<int64_t>(pairs) * down.groups * 8;
+  words.y = words.scale + static_cast<int64_t>(pairs) * down.groups * 2;
+  words.launch = launch;
   with_format(type, [&](auto format) {
     auto run = [&](auto max_rows) {
       if constexpr (gpu::kStaged) {
         using F = decltype(format);
         constexpr int kRows = decltype(max_rows)::value;
-        WaveMemory memory;
-        const size_t shared = stream_memory<F, kRows>(memory, c.rows, gate.groups, down.groups);
+        WaveMemory shape;
+        const size_t shared = stream_memory<F, kRows>(shape, c.rows, gate.groups, down.groups);
         const auto kernel = experts_stream_kernel<F, kRows>;
         const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
         if (fit == 0) fail("GPU: ", c.rows, " rows of ", c.top_k, " experts need too much shared memory");
         const int resident = std::min(fit, gpu::blocks_per_unit(c.rows)) * gpu::compute_units();
         const dim3 grid(static_cast<unsigned>(std::min(most * gate.tiles, resident)));
-        gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, memory, act, flags, y, out);
+        gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, shape, words, out);
       }
     };
     if (c.rows == 1) {

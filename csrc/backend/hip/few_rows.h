@@ -393,9 +393,8 @@ __host__ __device__ inline int act_bytes(int groups) {
   return act_stride(groups) + groups * static_cast<int>(sizeof(GroupScale));
 }
 
-// Whole: by copies that are all under way at once, and a wait for these and for all weights begun before. Fresh: other
-// blocks of this kernel wrote them.
-template <bool Whole = false, bool Fresh = false, typename RowOf>
+// Whole: by copies that are all under way at once, and a wait for these and for all weights begun before.
+template <bool Whole = false, typename RowOf>
 __device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
   const int groups = span.g1 - span.g0, all = static_cast<int>(x.n / 32);
   int8_t* q = reinterpret_cast<int8_t*>(lds);
@@ -419,9 +418,8 @@ __device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
           const int row = row_of(min(r0 + j, count - 1)) * all + span.g0;
-          const int4* from = reinterpret_cast<const int4*>(x.q) + static_cast<int64_t>(row) * 2 + i;
-          v[j] = Fresh ? gpu::load_fresh(from) : *from;
-          if (i < groups) s[j] = Fresh ? gpu::load_fresh(x.scale + row + i) : x.scale[row + i];
+          v[j] = reinterpret_cast<const int4*>(x.q)[static_cast<int64_t>(row) * 2 + i];
+          if (i < groups) s[j] = x.scale[row + i];
         }
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {

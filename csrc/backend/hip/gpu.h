@@ -360,46 +360,32 @@ __device__ inline int load_fresh(const int* p) {
 #endif
 }
 
-// Any type of 4, 8 or 16 bytes, aligned so.
-template <typename T>
-__device__ inline T load_fresh(const T* p) {
-  T v;
+// Blocks of one kernel pass values to each other in words that carry the launch's number: eight bytes arrive together,
+// so whoever reads the number has the value, without a fence (NCCL's LL protocol).
+__device__ inline void post(uint64_t* to, uint32_t value, uint32_t launch) {
+  const uint64_t word = static_cast<uint64_t>(launch) << 32 | value;
 #if defined(DFLASH_GPU_HIP)
-  for (size_t i = 0; i < sizeof(T) / sizeof(int); ++i) {
-    reinterpret_cast<int*>(&v)[i] = load_fresh(reinterpret_cast<const int*>(p) + i);
-  }
-#else
-  if constexpr (sizeof(T) == 16) {
-    *reinterpret_cast<int4*>(&v) = __ldcg(reinterpret_cast<const int4*>(p));
-  } else {
-    static_assert(sizeof(T) == 8);
-    *reinterpret_cast<int2*>(&v) = __ldcg(reinterpret_cast<const int2*>(p));
-  }
-#endif
-  return v;
-}
-
-// A counter in global memory that blocks of one kernel tell each other by: whoever sees it grown sees what the lane
-// (and, after wave_sync, its wave) wrote before.
-__device__ inline void add_release(int* p, int v) {
-#if defined(DFLASH_GPU_HIP)
-  (void)__hip_atomic_fetch_add(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+  __hip_atomic_store(to, word, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 #elif defined(__CUDA_ARCH__)
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+#else
+  *to = word;
 #endif
 }
 
-__device__ inline int load_acquire(const int* p) {
+__device__ inline uint64_t peek(const uint64_t* from) {
 #if defined(DFLASH_GPU_HIP)
-  return __hip_atomic_load(p, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
+  return __hip_atomic_load(from, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 #elif defined(__CUDA_ARCH__)
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  return word;
 #else
-  return *p;
+  return *from;
 #endif
 }
+
+__device__ inline bool posted(uint64_t word, uint32_t launch) { return static_cast<uint32_t>(word >> 32) == launch; }
 
 // ---- device: bytes and numbers
 // -----------------------------------------------------------------------------------------

@@ -97,17 +97,18 @@ void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRo
 
 // experts_stream.hip. Both in one launch, on NVIDIA and for at most kStreamRows rows.
 inline constexpr int kStreamRows = 8;
-inline constexpr int kStreamItems = 256, kStreamTiles = 4096;
-struct ExpertFlags {       // counts of what blocks have done for each other; zero between launches
-  int* ready = nullptr;    // [kStreamItems] groups of an item's activations
-  int* arrived = nullptr;  // [kStreamTiles] items of a tile of outputs
-  int* done = nullptr;     // [1] tiles of outputs
+struct ExpertWords {          // what blocks leave for each other, see gpu::post
+  uint64_t* q = nullptr;      // [pairs, n_ff / 4] int8 of the activations
+  uint64_t* scale = nullptr;  // [pairs, n_ff / 32, 2] d and sum of their groups
+  uint64_t* y = nullptr;      // [pairs, n_embd in whole tiles] f32 outputs of each expert
+  int* launch = nullptr;      // [2] launches so far, blocks of this one that know it
 };
-inline constexpr int kExpertFlags = kStreamItems + kStreamTiles + 1;
-bool experts_stream(int rows, DType gate_up, DType down, const TiledWeight& w);  // w: of down
+size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd);
+bool experts_stream(int rows, DType gate_up, DType down);
+// memory: expert_words_bytes, zero at first
 void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
-                           const TiledWeight& down, QuantRows x, const FewChoice& c, MutableQuantRows act,
-                           ExpertFlags flags, float* y, float* out);
+                           const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                           float* out);
 
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,
