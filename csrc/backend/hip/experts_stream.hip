@@ -150,18 +150,12 @@ class TaskStream {
 
 template <typename F>
 constexpr int kStreamSlots = 12 / kChunk<F>;
-constexpr int kBatch = 4;  // down tiles that are made between two waits for other blocks
+constexpr int kBatch = 4;                // down tiles at most that are made between two barriers
+constexpr int kBatchRows = kStreamRows;  // rows of activations of these
 
-// Rows of activations of a batch, and rows of partial sums: gate and up of a tile, twice where there is room, or the
-// batch's.
-constexpr int batch_rows(int max_rows) {
-  return max_rows == 1 ? kBatch : 2 * kBatch < max_rows ? max_rows : 2 * kBatch;
-}
+// Rows of partial sums: gate and up of a tile, twice where there is room; a batch's rows are fewer.
 constexpr int sum_buffers(int max_rows) { return max_rows <= 4 ? 2 : 1; }
-constexpr int sum_rows(int max_rows) {
-  const int gate_up = 2 * sum_buffers(max_rows) * max_rows;
-  return gate_up > batch_rows(max_rows) ? gate_up : batch_rows(max_rows);
-}
+constexpr int sum_rows(int max_rows) { return 2 * sum_buffers(max_rows) * max_rows; }
 
 // Down tiles that are made together.
 struct Batch {
@@ -261,7 +255,8 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
                           float* out) {
   extern __shared__ __align__(16) uint8_t lds[];
-  constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows), kBatchRows = batch_rows(MaxRows);
+  constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows);
+  static_assert(kSums >= kBatchRows && MaxRows <= kBatchRows, "what a batch takes");
   __shared__ Partial<kSums> sums;
   __shared__ Grouping<MaxRows> g;
   __shared__ Batch batches[2];  // taken in turn
@@ -378,11 +373,11 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   }
 }
 
-template <typename F, int MaxRows>
+template <typename F>
 size_t stream_memory(WaveMemory& m, int rows, int in_groups, int ff_groups) {
   m.ring_bytes = kStreamSlots<F> * Slot<F, 0>::kBytes;
   const int in = segment_groups(in_groups), ff = segment_groups(ff_groups);
-  const int acts = std::max(rows * act_bytes(in), batch_rows(MaxRows) * act_bytes(ff));
+  const int acts = std::max(rows * act_bytes(in), kBatchRows * act_bytes(ff));
   m.acts = (acts + act_bytes(in) - 1) / act_bytes(in);  // counted in rows of the input's segment
   m.segment = in;
   return kSegments * static_cast<size_t>(m.wave_bytes());
@@ -396,7 +391,7 @@ size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd) {
 }
 
 bool experts_stream(int rows, DType gate_up, DType down) {
-  return gpu::kStaged && rows <= kStreamRows && gate_up == down && is_quantized(down);
+  return gpu::kStaged && rows > 1 && rows <= kStreamRows && gate_up == down && is_quantized(down);
 }
 
 void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
@@ -415,7 +410,7 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
         using F = decltype(format);
         constexpr int kRows = decltype(max_rows)::value;
         WaveMemory shape;
-        const size_t shared = stream_memory<F, kRows>(shape, c.rows, gate.groups, down.groups);
+        const size_t shared = stream_memory<F>(shape, c.rows, gate.groups, down.groups);
         const auto kernel = experts_stream_kernel<F, kRows>;
         const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
         if (fit == 0) fail("GPU: ", c.rows, " rows of ", c.top_k, " experts need too much shared memory");
@@ -424,9 +419,7 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
         gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, shape, words, out);
       }
     };
-    if (c.rows == 1) {
-      run(std::integral_constant<int, 1>{});
-    } else if (c.rows <= 4) {
+    if (c.rows <= 4) {
       run(std::integral_constant<int, 4>{});
     } else {
       run(std::integral_constant<int, kStreamRows>{});

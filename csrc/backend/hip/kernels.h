@@ -95,7 +95,7 @@ void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, cons
 // x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
 void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
 
-// experts_stream.hip. Both in one launch, on NVIDIA and for at most kStreamRows rows.
+// experts_stream.hip. Both in one launch, on NVIDIA and for 2 to kStreamRows rows (one row: two launches are quicker).
 inline constexpr int kStreamRows = 8;
 struct ExpertWords {          // what blocks leave for each other, see gpu::post
   uint64_t* q = nullptr;      // [pairs, n_ff / 4] int8 of the activations
