@@ -22,7 +22,7 @@ template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     gate_up_few_kernel(TiledWeight gate, TiledWeight up, QuantRows x, FewChoice choice, WaveMemory memory,
                        MutableQuantRows act) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<MaxRows> sums[2];
   __shared__ Grouping<MaxRows> g;
   const int wave = gpu::wave();
@@ -102,7 +102,7 @@ constexpr int down_buffers(int rows) { return rows == 1 ? 4 : rows <= 8 ? 2 : 1;
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
     down_few_kernel(TiledWeight down, QuantRows act, FewChoice choice, WaveMemory memory, float* x) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kBuffers = down_buffers(MaxRows);  // of sums, taken in turn
   __shared__ Partial<MaxRows> sums[kBuffers][2];
   __shared__ Grouping<MaxRows> g;

@@ -254,7 +254,7 @@ template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
                           float* out) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows);
   static_assert(kSums >= kBatchRows && MaxRows <= kBatchRows, "what a batch takes");
   __shared__ Partial<kSums> sums;

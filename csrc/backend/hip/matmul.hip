@@ -26,7 +26,7 @@ struct FewInput {
 template <typename F, int MaxRows, bool Norm, int Slots>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     matmul_few_kernel(OutList list, FewInput in, WaveMemory memory, bool add) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kBuffers = MaxRows <= 8 ? 2 : 1;
   __shared__ Partial<MaxRows> partial[kBuffers];
   [[maybe_unused]] __shared__ float sums[gpu::kWave];
