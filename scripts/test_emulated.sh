@@ -2,7 +2,7 @@
 # The GPU backend's code for gfx1151 as plain C++ on the CPU (tests/gpu/emulator): every op against its reference, sampling
 # against the CPU's, and the embedded pair, speculative equal to plain. No GPU and no ROCm are needed; nothing is timed.
 #
-#   scripts/test_emulated.sh [all]   all: every shape of the op tests (an hour) instead of the quick ones
+#   scripts/test_emulated.sh [all]   all: every shape of the op tests (10 minutes) instead of the quick ones
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work="$(mktemp -d)"
