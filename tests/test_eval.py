@@ -174,6 +174,9 @@ def test_the_command(
     assert found["blocks"] == 3
     assert main([*args, "--anchor-range", "2000:2001"]) == 2
     assert "expected room" in capsys.readouterr().err
+    exchanged = ["eval", "--target", args[4], "--drafter", args[2], "--data", args[6]]
+    assert main(exchanged) == 2
+    assert "target and drafter may be exchanged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pair", ["mini", "mini-weak"])

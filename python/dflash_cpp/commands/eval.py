@@ -49,6 +49,12 @@ def anchor_range(text: str) -> tuple[int, int]:
 def load_samples(args: argparse.Namespace, files: list[str], limit: int | None) -> list[Sample]:
     """The sequences, checked against the target's vocabulary before any weight is loaded."""
     gguf = _core.Gguf(check_path("target", args.target))
+    architecture = gguf.get("general.architecture")
+    if architecture != "minimax-m2":
+        raise DFlashError(
+            f"{args.target}: general.architecture: 'minimax-m2' expected for the target, found {architecture!r}; "
+            "target and drafter may be exchanged"
+        )
     n_vocab = gguf.get("minimax-m2.vocab_size")
     if n_vocab is None:
         n_vocab = next((t.shape[-1] for t in gguf.tensors if t.name == "token_embd.weight"), 0)
