@@ -155,7 +155,7 @@ constexpr int kBatchRows = kStreamRows;  // rows of activations of these
 
 // Rows of partial sums: gate and up of a tile, twice where there is room; a batch's rows are fewer.
 constexpr int sum_buffers(int max_rows) { return max_rows <= 4 ? 2 : 1; }
-constexpr int sum_rows(int max_rows) { return 2 * sum_buffers(max_rows) * max_rows; }
+[[maybe_unused]] constexpr int sum_rows(int max_rows) { return 2 * sum_buffers(max_rows) * max_rows; }
 
 // Down tiles that are made together.
 struct Batch {
@@ -237,7 +237,7 @@ __device__ inline ActRows await_acts(uint8_t* lds, const ExpertWords& words, int
 }
 
 // A wave's values as an int8 group.
-__device__ inline void post_group(float v, uint64_t* q, uint64_t* scale, uint32_t launch) {
+[[maybe_unused]] __device__ inline void post_group(float v, uint64_t* q, uint64_t* scale, uint32_t launch) {
   int i;
   const GroupScale s = quantize_lane(v, &i);
   const int lane = gpu::lane();

@@ -185,7 +185,7 @@ Multiprocessor& multiprocessor() {
   return m;
 }
 
-// Two blocks at a time, on two threads.
+// As many blocks at a time as the CPU has threads.
 class Device {
  public:
   Device() {
