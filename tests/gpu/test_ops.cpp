@@ -42,7 +42,8 @@ void test_matmul(Backend& b, std::mt19937& rng) {
     int64_t n_in, n_out;
     int rows;
   };
-  const std::vector<Shape> shapes = {{3072, 544, 140}, {32, 32, 40}, {224, 200, 600}, {6144, 96, 140}, {416, 31, 140}};
+  const std::vector<Shape> shapes = {{3072, 544, 140}, {32, 32, 40},   {224, 200, 600},
+                                     {6144, 96, 140},  {416, 31, 140}, {416, 5000, 20}};
   for (DType type : {DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::F32, DType::F16, DType::BF16}) {
     double worst = 0.0, worst_f16 = 0.0, worst_bf16 = 0.0;
     const double limit = is_quantized(type) ? kLimitQuant : kLimitFloat;
@@ -68,19 +69,25 @@ void test_matmul(Backend& b, std::mt19937& rng) {
         const int most = few ? kInt8Rows : s.rows, begin = s.rows - most;
         const bool half = is_quantized(type) && !few;
         const Floats xs(x.begin() + begin * s.n_in, x.end());
-        const auto [y0, y1] = run(begin, most, true);
+        const auto normed = run(begin, most, true), plain = run(begin, most, false);
         const Doubles h = ref_norm(xs, norm, kEps, most, s.n_in);
-        check(what, ref_matmul(*w0, h, most), y0, half ? kLimitF16 : norm_limit, half ? &worst_f16 : &norm_worst);
-        check(what, ref_matmul(*w1, h, most), y1, half ? kLimitF16 : norm_limit, half ? &worst_f16 : &norm_worst);
-        check(what, ref_matmul(*w0, to_doubles(xs), most), run(begin, most, false).first, half ? kLimitBf16 : limit,
+        check(what, ref_matmul(*w0, h, most), normed.first, half ? kLimitF16 : norm_limit,
+              half ? &worst_f16 : &norm_worst);
+        check(what, ref_matmul(*w1, h, most), normed.second, half ? kLimitF16 : norm_limit,
+              half ? &worst_f16 : &norm_worst);
+        check(what, ref_matmul(*w0, to_doubles(xs), most), plain.first, half ? kLimitBf16 : limit,
               half ? &worst_bf16 : &worst);
         for (int rows : kRowCounts) {
           if (rows > most || (half && rows <= kInt8Rows)) continue;
           const int first = most - rows;
-          const auto [z0, z1] = run(begin + first, rows, true);
-          const Floats tail0(y0.begin() + first * s.n_out, y0.end()), tail1(y1.begin() + first * 64, y1.end());
-          expect(same_bits(z0, tail0, z0.size()), cat(what, ": ", rows, " rows differ from ", most));
-          expect(same_bits(z1, tail1, z1.size()), cat(what, ": ", rows, " rows differ from ", most, " (second)"));
+          for (const bool with_norm : {true, false}) {
+            const auto& [all0, all1] = with_norm ? normed : plain;
+            const auto [z0, z1] = run(begin + first, rows, with_norm);
+            const Floats tail0(all0.begin() + first * s.n_out, all0.end()),
+                tail1(all1.begin() + first * 64, all1.end());
+            expect(same_bits(z0, tail0, z0.size()), cat(what, ": ", rows, " rows differ from ", most));
+            expect(same_bits(z1, tail1, z1.size()), cat(what, ": ", rows, " rows differ from ", most, " (second)"));
+          }
         }
       }
       // matmul_add
@@ -92,7 +99,15 @@ void test_matmul(Backend& b, std::mt19937& rng) {
         Doubles want = ref_matmul(*w0, to_doubles(Floats(x.begin(), x.begin() + rows * s.n_in)), rows);
         for (size_t i = 0; i < want.size(); ++i) want[i] += base[i];
         const bool half = is_quantized(type) && rows > kInt8Rows;
-        check("matmul_add", want, y.get("matmul_add"), half ? kLimitBf16 : limit, half ? &worst_bf16 : &worst);
+        const Floats all = y.get("matmul_add");
+        check("matmul_add", want, all, half ? kLimitBf16 : limit, half ? &worst_bf16 : &worst);
+        for (int few : kRowCounts) {  // the first rows of these alone
+          if (few > rows || (half && few <= kInt8Rows)) continue;
+          Guarded z(b, Floats(base.begin(), base.begin() + few * s.n_out));
+          b.matmul_add(a, gx.data(), few, z.data());
+          const Floats some = z.get("matmul_add");
+          expect(same_bits(some, all, some.size()), cat("matmul_add: ", few, " rows differ from ", rows));
+        }
       }
     }
     report(cat("matmul ", dtype_info(type).name).c_str(), worst, limit);
