@@ -305,13 +305,22 @@ __device__ inline float wave_sum(float v) {
 }
 
 __device__ inline int wave_sum(int v) {
+#if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
   return v;
+#else
+  return __reduce_add_sync(0xffffffffu, v);
+#endif
 }
 
 __device__ inline float wave_max(float v) {
+#if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
   return v;
+#else  // integers in the order of the floats: one instruction
+  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
+  return __int_as_float(turn(__reduce_max_sync(0xffffffffu, turn(__float_as_int(v)))));
+#endif
 }
 
 // The sum of v over the lanes before this one.

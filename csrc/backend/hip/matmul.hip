@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   extern __shared__ __align__(16) uint8_t lds[];
   constexpr int kBuffers = MaxRows <= 8 ? 2 : 1;
   __shared__ Partial<MaxRows> partial[kBuffers];
-  [[maybe_unused]] __shared__ float sums[gpu::kWave];
+  [[maybe_unused]] __shared__ NormRows<1, kSegments>::Sums sums;
   const int wave = gpu::wave(), groups = list.out[0].w.groups;
   const Span span = segment_span(wave, groups);
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   WeightStream<F, Slots, 0, Cursor> stream(memory.ring(lds, wave), span, Cursor{list, first, step, list.tiles});
   // The weights do not depend on the kernel before: start them on their way while it ends.
   stream.start();
-  [[maybe_unused]] const NormRow norm(in.norm, Norm ? groups * 32 : 0);
+  [[maybe_unused]] const NormRows<1, kSegments> norm(in.norm, Norm ? groups * 32 : 0);
   gpu::wait_for_previous();
   ActRows x;
   if constexpr (Norm) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
 template <typename F, int MaxRows, bool Norm>
 void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add) {
   const int groups = list.out[0].w.groups, units = gpu::compute_units();
-  size_t shared = Norm ? norm_bytes(groups * 32) : 0;
+  size_t shared = Norm ? static_cast<size_t>(norm_bytes(1, groups * 32)) : 0;
   WaveMemory memory;
   auto run = [&](int slots, int blocks, auto kernel) {
     if (gpu::kStaged) {
@@ -101,6 +101,8 @@ void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add
       if (!Norm && (MaxRows <= 2 || kSegments * in.rows * act_bytes(memory.segment) <= kActsMost))
         memory.acts = in.rows;
       shared += kSegments * static_cast<size_t>(memory.wave_bytes());
+      // No more than two to a multiprocessor: those that are free first would take four, and the others wait for them.
+      if (shared < gpu::kSharedMost / 3) shared = gpu::kSharedMost / 3;
     }
     gpu::launch_shared(s, dim3(static_cast<unsigned>(blocks)), kThreads, shared, kernel, list, in, memory, add);
   };
@@ -254,7 +256,7 @@ void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, 
   with_format(type, [&](auto format) { matmul_few_rows<decltype(format)>(s, list, in, add); });
 }
 
-bool matmul_can_norm(int rows, int64_t n_in) { return norm_fits(rows, n_in); }
+bool matmul_can_norm(int rows, int64_t n_in) { return rows == 1 && norm_fits(n_in); }
 
 void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, bool add) {
   const OutList list = out_list(outs, n_outs);
