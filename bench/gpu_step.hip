@@ -306,9 +306,7 @@ class Bench {
     line(what, t, bytes, notes);
   }
 
-  void draft() {
-    const int rows = d_.slots + 1, pos0 = 128;
-    const Step st{rows, pos0};
+  QkvPost draft_post() const {
     QkvPost p;
     p.n_head = d_.n_head;
     p.n_head_kv = d_.n_head_kv;
@@ -317,54 +315,107 @@ class Bench {
     p.norm = QkNorm::per_head;
     p.q_norm = p.k_norm = ones_.as<float>();
     p.inv_freq = inv_freq_.as<float>();
-    Top1 best[16];
+    return p;
+  }
+
+  // Taps of committed tokens to keys and values of all layers, as DFlashDrafter::ingest does.
+  void ingest(Step st) {
     float* x = x_.as<float>();
+    const MatmulOut fused{&fc_, x};
+    b_->norm_matmul(taps_.as<float>(), nullptr, 0.0f, st.rows, &fused, 1);
+    const int64_t size = static_cast<int64_t>(st.rows) * d_.n_head_kv * d_.head_dim;
+    std::vector<MatmulOut> outs;
+    for (size_t i = 0; i < draft_layers_.size(); ++i) {
+      outs.push_back({&draft_layers_[i].k, k_.as<float>() + static_cast<int64_t>(i) * size});
+      outs.push_back({&draft_layers_[i].v, v_.as<float>() + static_cast<int64_t>(i) * size});
+    }
+    b_->norm_matmul(x, ones_.as<float>(), 1e-6f, st.rows, outs.data(), static_cast<int>(outs.size()));
+    for (size_t i = 0; i < draft_layers_.size(); ++i) {
+      b_->qkv_post(draft_post(), st, nullptr, outs[2 * i].y, outs[2 * i + 1].y, cache_of(draft_layers_[i]));
+    }
+  }
+
+  void draft_ops(const DraftLayer& l, Step st, int part = 31) {
+    float* x = x_.as<float>();
+    if (part & 1) {
+      const MatmulOut qkv[] = {{&l.q, q_.as<float>()}, {&l.k, k_.as<float>()}, {&l.v, v_.as<float>()}};
+      b_->norm_matmul(x, ones_.as<float>(), 1e-6f, st.rows, qkv, 3);
+    }
+    if (part & 2) {
+      b_->qkv_post(draft_post(), st, q_.as<float>(), k_.as<float>(), v_.as<float>(), cache_of(l));
+    }
+    if (part & 4) {
+      Attention a;
+      a.n_head = d_.n_head;
+      a.n_head_kv = d_.n_head_kv;
+      a.head_dim = d_.head_dim;
+      a.scale = 0.088388f;
+      a.causal = false;
+      b_->attention(a, st, q_.as<float>(), cache_of(l), attn_.as<float>());
+    }
+    if (part & 8) b_->matmul_add(l.o, attn_.as<float>(), st.rows, x);
+    if (part & 16) {
+      Ffn f;
+      f.norm = ones_.as<float>();
+      f.gate = &l.gate;
+      f.up = &l.up;
+      f.down = &l.down;
+      b_->ffn(f, st.rows, x);
+    }
+  }
+
+  void draft() {
+    const int rows = d_.slots + 1, pos0 = 128;
+    const Step st{rows, pos0}, taken{2, pos0 - 2};  // two committed tokens are taken in
+    Top1 best[16];
     auto one = [&] {
-      step(1000, {2, pos0 - 2}, [&] {  // two committed tokens are taken in
-        const MatmulOut fused{&fc_, x};
-        b_->norm_matmul(taps_.as<float>(), nullptr, 0.0f, 2, &fused, 1);
-        b_->rms_norm(x, ones_.as<float>(), 1e-6f, 2, s_.n_embd, x);
-        for (const DraftLayer& l : draft_layers_) {
-          const MatmulOut outs[] = {{&l.k, k_.as<float>()}, {&l.v, v_.as<float>()}};
-          b_->norm_matmul(x, nullptr, 0.0f, 2, outs, 2);
-          b_->qkv_post(p, {2, pos0 - 2}, nullptr, k_.as<float>(), v_.as<float>(), cache_of(l));
-        }
-      });
+      step(1000, taken, [&] { ingest(taken); });
       random_tokens(rows);
       step(1001, st, [&] {
-        b_->embed(embedding_, tokens_.as<int32_t>(), rows, x);
-        for (const DraftLayer& l : draft_layers_) {
-          const MatmulOut qkv[] = {{&l.q, q_.as<float>()}, {&l.k, k_.as<float>()}, {&l.v, v_.as<float>()}};
-          b_->norm_matmul(x, ones_.as<float>(), 1e-6f, rows, qkv, 3);
-          b_->qkv_post(p, st, q_.as<float>(), k_.as<float>(), v_.as<float>(), cache_of(l));
-          Attention a;
-          a.n_head = d_.n_head;
-          a.n_head_kv = d_.n_head_kv;
-          a.head_dim = d_.head_dim;
-          a.scale = 0.088388f;
-          a.causal = false;
-          b_->attention(a, st, q_.as<float>(), cache_of(l), attn_.as<float>());
-          b_->matmul_add(l.o, attn_.as<float>(), rows, x);
-          Ffn f;
-          f.norm = ones_.as<float>();
-          f.gate = &l.gate;
-          f.up = &l.up;
-          f.down = &l.down;
-          b_->ffn(f, rows, x);
-        }
+        b_->embed(embedding_, tokens_.as<int32_t>(), rows, x_.as<float>());
+        for (const DraftLayer& l : draft_layers_) draft_ops(l, st);
         head(1, d_.slots);
       });
       b_->top1(logits_.as<float>(), d_.slots, s_.n_vocab, best);
     };
     const double t = median(40, one);
-    double bytes = static_cast<double>(fc_.bytes() + head_.bytes());
+    double kv = 0.0, layer = 0.0;
     for (const DraftLayer& l : draft_layers_) {
-      bytes += static_cast<double>(l.q.bytes() + 2 * (l.k.bytes() + l.v.bytes()) + l.o.bytes() + l.gate.bytes() +
+      kv += static_cast<double>(l.k.bytes() + l.v.bytes());
+      layer += static_cast<double>(l.q.bytes() + l.k.bytes() + l.v.bytes() + l.o.bytes() + l.gate.bytes() +
                                    l.up.bytes() + l.down.bytes());
     }
     char notes[96];
     std::snprintf(notes, sizeof(notes), "%.1f%% of a one-row step of this many layers", 100.0 * t / t1_);
-    line("draft 4 slots, ingest 2", t, bytes, notes);
+    line("draft 4 slots, ingest 2", t, static_cast<double>(fc_.bytes() + head_.bytes()) + kv + layer, notes);
+
+    // What it is made of, ten times each in a recorded step.
+    auto part = [&](const char* name, uint64_t key, double bytes, auto ops) {
+      auto ten = [&] {
+        step(key, st, [&] {
+          for (int i = 0; i < 10; ++i) ops(i);
+        });
+        sync();
+      };
+      line(name, median(20, ten) / 10.0, bytes);
+    };
+    part("draft: ingest 2", 1010, static_cast<double>(fc_.bytes()) + kv, [&](int) { ingest(taken); });
+    const DraftLayer& l = draft_layers_[0];
+    const double qkv = static_cast<double>(l.q.bytes() + l.k.bytes() + l.v.bytes());
+    const double ffn = static_cast<double>(l.gate.bytes() + l.up.bytes() + l.down.bytes());
+    const struct {
+      const char* name;
+      int mask;
+      double bytes;
+    } kinds[] = {{"draft layer: norm+qkv", 1, qkv},
+                 {"draft layer: qkv_post", 2, 0.0},
+                 {"draft layer: attention", 4, 0.0},
+                 {"draft layer: output proj", 8, static_cast<double>(l.o.bytes())},
+                 {"draft layer: ffn", 16, ffn}};
+    for (const auto& kind : kinds) {
+      part(kind.name, static_cast<uint64_t>(1020 + kind.mask), kind.bytes,
+           [&](int i) { draft_ops(draft_layers_[static_cast<size_t>(i) % draft_layers_.size()], st, kind.mask); });
+    }
   }
 
   void prefills() {
