@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     __shared__ typename Intake<Queries>::Shared lds;
     const int position = p.pos0.get();
     own = {lds.k, lds.v, position};
-    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, end > position);
+    // With one split the key is here, and no wave has to know the position before it asks for q.
+    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, OneSplit || end > position);
     gpu::wait_only();
     intake.load();
     if ((OneSplit || split == 0) && wave_key0 < end) run.load(p.kv, kv_head, wave_key0, begin, end);
