@@ -304,6 +304,30 @@ __device__ inline float wave_sum(float v) {
   return v;
 }
 
+// The same of N values, a power of two, in fewer shuffles: lanes i * 32 / N and those after it end with v[i]'s sum.
+template <int N>
+__device__ inline float wave_sums(float (&v)[N]) {
+  static_assert((N & (N - 1)) == 0 && N <= kWave, "a power of two");
+  int left = N;  // values a lane still has
+#pragma unroll
+  for (int m = kWave / 2; m > 0; m >>= 1) {
+    if (left == 1) {
+      v[0] += shuffle_xor(v[0], m);
+      continue;
+    }
+    left /= 2;
+    const bool upper = (lane() & m) != 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i >= left) break;
+      const float mine = upper ? v[i + left] : v[i], other = upper ? v[i] : v[i + left];
+      v[i] = mine + shuffle_xor(other, m);
+    }
+  }
+  return v[0];
+}
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
 __device__ inline int wave_sum(int v) {
 #if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);

@@ -56,36 +56,28 @@ __global__ void __launch_bounds__(kThreads)
         if (at(i) < n_embd) v[r][i] = *reinterpret_cast<const float4*>(from + at(i));
       }
     }
-    float sum[Rows][kRouteSums] = {};
+    constexpr int kSums = gpu::power_of_two_from(Rows * kRouteSums), kLanes = gpu::kWave / kSums;
+    float sum[kSums] = {};  // [row][product or squares]
 #pragma unroll
     for (int i = 0; i < kRouteQuads; ++i) {
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        sum[r][kRouteExperts] += sum_of_squares(v[r][i]);
+        sum[r * kRouteSums + kRouteExperts] += sum_of_squares(v[r][i]);
         v[r][i] = times(v[r][i], weight[i]);
 #pragma unroll
         for (int e = 0; e < kRouteExperts; ++e) {
-          sum[r][e] = fmaf(w[e][i].x, v[r][i].x, sum[r][e]);
-          sum[r][e] = fmaf(w[e][i].y, v[r][i].y, sum[r][e]);
-          sum[r][e] = fmaf(w[e][i].z, v[r][i].z, sum[r][e]);
-          sum[r][e] = fmaf(w[e][i].w, v[r][i].w, sum[r][e]);
+          float& s = sum[r * kRouteSums + e];
+          s = fmaf(w[e][i].x, v[r][i].x, s);
+          s = fmaf(w[e][i].y, v[r][i].y, s);
+          s = fmaf(w[e][i].z, v[r][i].z, s);
+          s = fmaf(w[e][i].w, v[r][i].w, s);
         }
       }
     }
-#pragma unroll
-    for (int m = gpu::kWave / 2; m > 0; m >>= 1) {
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-#pragma unroll
-        for (int j = 0; j < kRouteSums; ++j) sum[r][j] += gpu::shuffle_xor(sum[r][j], m);
-      }
-    }
-    if (gpu::lane() == 0) {
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-#pragma unroll
-        for (int j = 0; j < kRouteSums; ++j) parts[buffer][r][j][wave] = sum[r][j];
-      }
+    const float all = gpu::wave_sums(sum);
+    const int of = gpu::lane() / kLanes;
+    if (gpu::lane() % kLanes == 0 && of < Rows * kRouteSums) {
+      parts[buffer][of / kRouteSums][of % kRouteSums][wave] = all;
     }
     __syncthreads();
     auto total = [&](int r, int j) {

@@ -52,7 +52,8 @@ class NormRows {
   // Into shared memory at out (norm_bytes).
   __device__ inline void run(uint8_t* out, Sums& sums) const {
     float4 v[Rows][kParts];
-    float part[Rows][kParts];
+    constexpr int kSums = gpu::power_of_two_from(Rows * kParts), kLanes = gpu::kWave / kSums;
+    float part[kSums] = {};
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
 #pragma unroll
@@ -61,23 +62,17 @@ class NormRows {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) part[r][i] = sum_of_squares(v[r][i]);
+      for (int i = 0; i < kParts; ++i) part[r * kParts + i] = sum_of_squares(v[r][i]);
     }
-#pragma unroll
-    for (int m = gpu::kWave / 2; m > 0; m >>= 1) {  // as wave_sum, side by side
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) part[r][i] += gpu::shuffle_xor(part[r][i], m);
-      }
-    }
+    const float sum = gpu::wave_sums(part);
+    const int of = gpu::lane() / kLanes;
+    if (gpu::lane() % kLanes == 0 && of < Rows * kParts) sums[of / kParts][of % kParts * Waves + gpu::wave()] = sum;
     GroupScale* const scales = reinterpret_cast<GroupScale*>(out + Rows * n_);
     const int groups = n_ / 32;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        if (gpu::lane() == 0) sums[r][i * Waves + gpu::wave()] = part[r][i];
         if (at(i) - 4 * gpu::lane() >= n_) continue;  // the whole wave is past the end
         const float4 scaled = in_.norm != nullptr ? times(v[r][i], weight_[i]) : v[r][i];
         const GroupScale s = quantize_quad(scaled, reinterpret_cast<int8_t*>(out) + r * n_ + (at(i) & ~31), at(i) < n_);
