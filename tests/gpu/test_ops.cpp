@@ -22,7 +22,8 @@ constexpr double kLimitExperts = 1e-5;  // SwiGLU products quantised again
 // More than 16 rows: weights and activations are rounded to f16 (11 bits) or bf16 (8 bits, the scale too; Q4_1's min is
 // several times its values), against exact activations. The int8 activations of few rows lie near 3e-5 of those.
 constexpr double kLimitF16 = 2e-7, kLimitBf16 = 3e-5;
-constexpr double kLimitAttention[] = {1e-10, 1e-6, 2e-4};  // KV F32, F16, Q8_0
+// KV F32, F16, Q8_0. Rounding the cache to Q8_0 alone errs by up to 2.2e-4 here, with exact sums.
+constexpr double kLimitAttention[] = {1e-10, 1e-6, 2.5e-4};
 
 constexpr float kEps = 1e-6f;
 const std::vector<int> kRowCounts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 129};
@@ -591,7 +592,6 @@ int run(const std::vector<std::string>& names) {
   }
   const auto b = make_hip_backend(BackendOptions());
   std::printf("%s\n", b->describe().c_str());
-  std::mt19937 rng(1);
   const std::vector<std::pair<std::string, void (*)(Backend&, std::mt19937&)>> tests = {
       {"small", test_small},     {"matmul", test_matmul}, {"attention", test_attention},
       {"experts", test_experts}, {"steps", test_steps},   {"errors", test_errors}};
@@ -600,7 +600,9 @@ int run(const std::vector<std::string>& names) {
     expect(known, cat("no test is called ", name));
   }
   for (const auto& [name, test] : tests) {
-    if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) test(*b, rng);
+    if (!names.empty() && std::find(names.begin(), names.end(), name) == names.end()) continue;
+    std::mt19937 rng(1);  // a test alone has the values it has among the others
+    test(*b, rng);
   }
   std::printf(g_failures == 0 ? "all passed\n" : "%d FAILURES\n", g_failures);
   return g_failures == 0 ? 0 : 1;

@@ -1,6 +1,7 @@
 // A real pair on the GPU: close to the CPU's precise mode, and speculative greedy equal to plain greedy bit for bit.
 //
-//   test_pairs TARGET.gguf DRAFTER.gguf PROMPTS [runs]     PROMPTS: lines of token ids; runs of the repeat test (100)
+//   test_pairs TARGET.gguf DRAFTER.gguf PROMPTS [runs] [quick]     PROMPTS: lines of token ids; runs of the repeat test
+//   (100); quick: short answers, some depths only
 
 #include <cmath>
 #include <cstdio>
@@ -66,8 +67,10 @@ double nmse(const std::vector<float>& a, const std::vector<float>& b) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (argc < 4) fail("usage: test_pairs TARGET.gguf DRAFTER.gguf PROMPTS [runs]");
+  if (argc < 4) fail("usage: test_pairs TARGET.gguf DRAFTER.gguf PROMPTS [runs] [quick]");
   const int runs = argc > 4 ? std::atoi(argv[4]) : 100;
+  const bool quick = argc > 5 && std::strcmp(argv[5], "quick") == 0;
+  const int tokens = quick ? 12 : 96, sampled_tokens = quick ? 12 : 64;
   const std::vector<Ids> prompts = read_prompts(argv[3]);
   BackendOptions hip;
   hip.name = "hip";
@@ -106,12 +109,14 @@ int main(int argc, char** argv) try {
   CHECK(worst_draft < 5e-3);
 
   for (const Ids& prompt : prompts) {
-    const Ids plain = generate(gpu, prompt, 96, 0);
+    const Ids plain = generate(gpu, prompt, tokens, 0);
     Ids whole = prompt;
     whole.insert(whole.end(), plain.begin(), plain.end() - 1);
     const std::vector<float> prefill_logits = gpu.logits(whole);
-    for (int depth = 1; depth < gpu_model->block_size(); ++depth) CHECK(generate(gpu, prompt, 96, depth) == plain);
-    CHECK(generate(gpu, prompt, 96, -1) == plain);
+    for (int depth = 1; depth < gpu_model->block_size(); depth += quick ? 7 : 1) {
+      CHECK(generate(gpu, prompt, tokens, depth) == plain);
+    }
+    CHECK(generate(gpu, prompt, tokens, -1) == plain);
     // What was generated in between leaves no trace: the prefill of the whole text gives the same logits bits again.
     const std::vector<float> again = gpu.logits(whole);
     CHECK(std::memcmp(prefill_logits.data(), again.data(), again.size() * sizeof(float)) == 0);
@@ -126,11 +131,12 @@ int main(int argc, char** argv) try {
   sampling.penalty_last_n = 24;
   for (const Ids& prompt : prompts) {
     sampling.seed += 1;
-    const Ids plain = generate(gpu, prompt, 64, 0, sampling);
-    for (int depth : {1, 2, 5, -1}) CHECK(generate(gpu, prompt, 64, depth, sampling) == plain);
+    const Ids plain = generate(gpu, prompt, sampled_tokens, 0, sampling);
+    for (int depth : quick ? std::vector<int>{2, -1} : std::vector<int>{1, 2, 5, -1})
+      CHECK(generate(gpu, prompt, sampled_tokens, depth, sampling) == plain);
     SamplingParams on_host = sampling;
     on_host.logits_hook = [](const std::vector<int32_t>&, float*, int64_t) {};
-    CHECK(generate(gpu, prompt, 64, 3, on_host) == plain);
+    CHECK(generate(gpu, prompt, sampled_tokens, 3, on_host) == plain);
   }
   // What was said to be needed is enough, and not twice what is taken (beside the fixed part for the runtime).
   const auto target_file = Gguf::open(argv[1]), drafter_file = Gguf::open(argv[2]);
@@ -142,8 +148,8 @@ int main(int argc, char** argv) try {
   std::printf("memory: %s said, %s taken\n", human_bytes(need.total()).c_str(), human_bytes(used).c_str());
   CHECK(used <= need.total());
   CHECK(need.total() <= 2 * used + (size_t{128} << 20));
-  const Ids first = generate(gpu, prompts[0], 64, 3);
-  for (int i = 0; i < runs; ++i) CHECK(generate(gpu, prompts[0], 64, i % gpu_model->block_size()) == first);
+  const Ids first = generate(gpu, prompts[0], sampled_tokens, 3);
+  for (int i = 0; i < runs; ++i) CHECK(generate(gpu, prompts[0], sampled_tokens, i % gpu_model->block_size()) == first);
   return test::report("test_pairs");
 } catch (const std::exception& e) {
   std::fprintf(stderr, "test_pairs: %s\n", e.what());

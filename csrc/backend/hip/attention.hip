@@ -9,6 +9,7 @@
 // them a lane's: a query read from shared memory then serves two keys.
 
 #include "backend/hip/attention_run.h"
+#include "backend/hip/gpu_blocks.h"
 #include "backend/hip/kernels.h"
 #include "backend/hip/norm_rows.h"
 #include "backend/hip/rope.h"

@@ -18,6 +18,9 @@ constexpr int kFlashThreads = kFlashWaves * gpu::kWave;
 constexpr int kFlashQueries = kFlashWaves * 16;
 constexpr int kFlashKeys = gpu::kFlashKeys;
 
+// Whether Hopper's instructions of four waves serve heads of 32 * dims.
+constexpr bool wide(int dims) { return dims >= 2; }
+
 struct FlashArgs {
   Attention a;
   Position pos0;
@@ -63,6 +66,13 @@ struct OctetReader {
   }
 };
 
+// Pieces of 16 bytes a key has, and a dimension's keys of a tile; keys a block loads at once.
+template <int HeadDim>
+constexpr int kOctets = HeadDim / 8;
+constexpr int kKeyPieces = kFlashKeys / 8;
+template <int HeadDim>
+constexpr int kKeysAtOnce = kFlashThreads / kOctets<HeadDim>;
+
 // Keys and values of a tile in shared memory, and the two products with them.
 //
 // For instructions of one wave: keys as [key][octet of dims, turned], values transposed, [dim][octet of keys in
@@ -73,8 +83,8 @@ class TurnedTile {
   static constexpr int kBytes = 2 * kFlashKeys * HeadDim * 2;
 
   __device__ inline TurnedTile(const KvLayer& kv, int kv_head, uint8_t* memory)
-      : octet_(static_cast<int>(threadIdx.x) % kOctets),
-        row_(static_cast<int>(threadIdx.x) / kOctets),
+      : octet_(static_cast<int>(threadIdx.x) % kOctets<HeadDim>),
+        row_(static_cast<int>(threadIdx.x) / kOctets<HeadDim>),
         key_reader_(kv, kv.k, kv_head, octet_ * 8),
         value_reader_(kv, kv.v, kv_head, octet_ * 8),
         keys_(memory),
@@ -109,9 +119,9 @@ class TurnedTile {
 #pragma unroll
         for (int j = 0; j < gpu::kFlashPair; ++j) {
           k[j] = gpu::flash_others([&](int row, int part) {
-            return *reinterpret_cast<const uint4*>(keys_ +
-                                                   (row * kOctets + gpu::flash_piece(d * 4 + part, row, kOctets)) * 16 +
-                                                   (j0 + j) * 16 * HeadDim * 2);
+            return *reinterpret_cast<const uint4*>(
+                keys_ + (row * kOctets<HeadDim> + gpu::flash_piece(d * 4 + part, row, kOctets<HeadDim>)) * 16 +
+                (j0 + j) * 16 * HeadDim * 2);
           });
         }
 #pragma unroll
@@ -152,9 +162,6 @@ class TurnedTile {
   }
 
  private:
-  [[maybe_unused]] static constexpr int kOctets = HeadDim / 8;
-  [[maybe_unused]] static constexpr int kKeyPieces = kFlashKeys / 8;
-
   // Half i of a beside half i of b.
   static __device__ inline uint32_t pair_of(const uint4& a, const uint4& b, int i) {
     const uint32_t x = i < 2 ? a.x : i < 4 ? a.y : i < 6 ? a.z : a.w, y = i < 2 ? b.x : i < 4 ? b.y : i < 6 ? b.z : b.w;
@@ -163,8 +170,8 @@ class TurnedTile {
 
   __device__ inline void load(int key0, int end) {
     auto safe = [&](int key) { return min(key0 + key, end - 1); };
-    __syncthreads();                                   // the tile before has been read
-    constexpr int kKeyRows = kFlashThreads / kOctets;  // keys the block loads at once
+    __syncthreads();                                // the tile before has been read
+    constexpr int kKeyRows = kKeysAtOnce<HeadDim>;  // keys the block loads at once
     constexpr int kKeyBatch = kFlashKeys / kKeyRows < 4 ? kFlashKeys / kKeyRows : 4;
 #pragma unroll
     for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kKeyBatch) {
@@ -174,7 +181,8 @@ class TurnedTile {
 #pragma unroll
       for (int i = 0; i < kKeyBatch; ++i) {
         const int key = (i0 + i) * kKeyRows + row_;
-        *reinterpret_cast<uint4*>(keys_ + (key * kOctets + gpu::flash_piece(octet_, key, kOctets)) * 16) = v[i];
+        *reinterpret_cast<uint4*>(keys_ + (key * kOctets<HeadDim> + gpu::flash_piece(octet_, key, kOctets<HeadDim>)) *
+                                              16) = v[i];
       }
     }
 #pragma unroll
@@ -200,8 +208,8 @@ class TurnedTile {
   uint8_t *keys_, *values_;
 };
 
-// For instructions of the whole block (Hopper, head_dim 128): two tiles in shared memory, one copied while the other is
-// worked on.
+// For instructions of the whole block (Hopper, head_dim 64 and 128): two tiles in shared memory, one copied while the
+// other is worked on.
 template <DType T, int HeadDim>
 class WideTile {
  public:
@@ -209,8 +217,8 @@ class WideTile {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __device__ inline WideTile(const KvLayer& kv, int kv_head, uint8_t* memory)
-      : octet_(static_cast<int>(threadIdx.x) % kOctets),
-        row_(static_cast<int>(threadIdx.x) / kOctets),
+      : octet_(static_cast<int>(threadIdx.x) % kOctets<HeadDim>),
+        row_(static_cast<int>(threadIdx.x) / kOctets<HeadDim>),
         key_reader_(kv, kv.k, kv_head, octet_ * 8),
         value_reader_(kv, kv.v, kv_head, octet_ * 8),
         now_(memory),
@@ -249,10 +257,6 @@ class WideTile {
   }
 
  private:
-  [[maybe_unused]] static constexpr int kOctets = HeadDim / 8, kKeyRows = kFlashThreads / kOctets;
-  [[maybe_unused]] static constexpr int kRows = kFlashKeys / kKeyRows;
-  static_assert(kKeyRows % 8 == 0);
-
   // Keys and values of the tile from key0 on; past the last key that one again.
   __device__ inline void copy(uint8_t* to, int key0, int end) {
     if (key0 < end) {
@@ -263,6 +267,8 @@ class WideTile {
   }
 
   __device__ inline void copy_side(const OctetReader<T, HeadDim>& reader, uint8_t* to, int key0, int end) {
+    constexpr int kKeyRows = kKeysAtOnce<HeadDim>, kRows = kFlashKeys / kKeyRows;
+    static_assert(kKeyRows % 8 == 0);
     uint8_t* at = to + gpu::flash_wide_at(octet_, row_);
     if constexpr (T == DType::F16) {
       if (key0 + kFlashKeys <= end) {
@@ -296,7 +302,7 @@ class WideTile {
 template <DType T, int Dims>
 __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_many_kernel(FlashArgs p) {
   constexpr int kHeadDim = Dims * 32;
-  using Tile = std::conditional_t<gpu::kFlashWide && kHeadDim == 128, WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
+  using Tile = std::conditional_t<gpu::kFlashWide && wide(Dims), WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
   DFLASH_STAGES(memory, Tile::kBytes);
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv, n_queries = p.rows * group;
@@ -430,7 +436,7 @@ void attention_many(gpu::Stream s, const FlashArgs& args) {
   auto launch = [&](auto dims) {
     constexpr int kDims = decltype(dims)::value;
     constexpr int kWide = WideTile<T, kDims * 32>::kBytes, kTurned = TurnedTile<T, kDims * 32>::kBytes;
-    gpu::launch_stages(s, grid, kFlashThreads, kDims == 4 ? kWide : kTurned, attention_many_kernel<T, kDims>, args);
+    gpu::launch_stages(s, grid, kFlashThreads, wide(kDims) ? kWide : kTurned, attention_many_kernel<T, kDims>, args);
   };
   if (args.a.head_dim == 128) {
     launch(std::integral_constant<int, 4>{});

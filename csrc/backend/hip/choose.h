@@ -1,7 +1,7 @@
 #pragma once
 // The router's choice: a row's experts and their weights, from its logits.
 
-#include "backend/hip/gpu.h"
+#include "backend/hip/gpu_blocks.h"
 
 namespace dflash::hip {
 

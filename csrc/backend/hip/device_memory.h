@@ -49,6 +49,7 @@ class Scratch {
     kLogits,
     kRouting,
     kPairOut,
+    kExpertWords,
     kPartials,
     kTop1,
     kSamplingInputs,
@@ -68,6 +69,8 @@ class Scratch {
     }
     return piece.memory.get();
   }
+
+  size_t bytes(Name name) const { return pieces_[name].bytes; }
 
  private:
   struct Piece {

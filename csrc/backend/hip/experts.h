@@ -8,9 +8,9 @@ namespace dflash::hip {
 
 class Experts {
  public:
-  // distinct [1]: the sum of distinct experts over all calls, on the device
-  Experts(gpu::Stream stream, Workspace& workspace, int* distinct)
-      : stream_(stream), work_(workspace), distinct_(distinct) {}
+  // On the device: distinct [1], the sum of distinct experts over all calls; launch [2], zero at first.
+  Experts(gpu::Stream stream, Workspace& workspace, int* distinct, int* launch)
+      : stream_(stream), work_(workspace), distinct_(distinct), launch_(launch) {}
 
   void moe(const Moe& m, int rows, float* x);  // x [rows, n_embd]
   void ffn(const Ffn& f, int rows, float* x);
@@ -24,6 +24,7 @@ class Experts {
   gpu::Stream stream_;
   Workspace& work_;
   int* distinct_;
+  int* launch_;
 };
 
 }  // namespace dflash::hip

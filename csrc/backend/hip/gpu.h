@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #if defined(DFLASH_GPU_HIP)
@@ -198,7 +199,7 @@ void launch(Stream stream, dim3 grid, unsigned threads, void (*kernel)(P...), A&
 template <typename... P, typename... A>
 void launch_shared(Stream stream, dim3 grid, unsigned threads, size_t shared, void (*kernel)(P...), A&&... args) {
 #if defined(DFLASH_GPU_HIP)
-  kernel<<<grid, dim3(threads), shared, stream>>>(static_cast<P>(std::forward<A>(args))...);
+  hipLaunchKernelGGL(kernel, grid, dim3(threads), shared, stream, static_cast<P>(std::forward<A>(args))...);
 #else
   if (shared > 0) {
     GPU_CHECK(FuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
@@ -217,6 +218,11 @@ void launch_shared(Stream stream, dim3 grid, unsigned threads, size_t shared, vo
 #endif
   GPU_CHECK(GetLastError());
 }
+
+// Shared memory in a kernel, as much as its launch asked for.
+#ifndef DFLASH_DYNAMIC_SHARED  // tests/gpu/emulator has its own
+#define DFLASH_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
+#endif
 
 // ---- device: lanes
 // ---------------------------------------------------------------------------------------------------
@@ -281,8 +287,11 @@ __device__ inline int wave() {
 #endif
 }
 
+// T is a number: outside a HIP compile (tests/gpu/emulator) HIP's headers make v.x of a float4 a class of its own, a
+// copy of which is not the element.
 template <typename T>
 __device__ inline T shuffle_xor(T v, int mask) {
+  static_assert(std::is_scalar_v<T>, "say which type: shuffle_xor<float>(v.x, mask)");
 #if defined(DFLASH_GPU_HIP)
   return __shfl_xor(v, mask, kWave);
 #else
@@ -292,6 +301,7 @@ __device__ inline T shuffle_xor(T v, int mask) {
 
 template <typename T>
 __device__ inline T shuffle(T v, int from) {
+  static_assert(std::is_scalar_v<T>, "say which type: shuffle<float>(v.x, lane)");
 #if defined(DFLASH_GPU_HIP)
   return __shfl(v, from, kWave);
 #else
@@ -359,38 +369,6 @@ __device__ inline int wave_sum_before(int v) {
     if (lane() >= step) sum += other;
   }
   return sum - v;
-}
-
-// True in every thread of the block that arrives last of `total`; what all blocks wrote before is then visible through
-// load_fresh(). The counter is left at zero.
-__device__ inline bool last_to_arrive(int* counter, int total) {
-  __shared__ int is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = atomicAdd(counter, 1) == total - 1;
-    if (is_last) *counter = 0;
-  }
-  __syncthreads();
-  __threadfence();
-  return is_last != 0;
-}
-
-// Reads what another block of this kernel wrote, past caches that are not coherent.
-__device__ inline float load_fresh(const float* p) {
-#if defined(DFLASH_GPU_HIP)
-  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-#else
-  return __ldcg(p);
-#endif
-}
-
-__device__ inline int load_fresh(const int* p) {
-#if defined(DFLASH_GPU_HIP)
-  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-#else
-  return __ldcg(p);
-#endif
 }
 
 // ---- device: bytes and numbers
@@ -613,6 +591,17 @@ constexpr int blocks_per_unit(int rows) {
 #else
   return rows == 1 ? 3 : 2;
 #endif
+}
+
+// Blocks of a kernel that a multiprocessor holds at a time.
+template <typename... P>
+int blocks_that_fit(void (*kernel)(P...), unsigned threads, size_t shared) {
+  int blocks = 0;
+#if defined(DFLASH_GPU_CUDA)
+  GPU_CHECK(FuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+#endif
+  GPU_CHECK(OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), shared));
+  return blocks;
 }
 
 inline int compute_units() {

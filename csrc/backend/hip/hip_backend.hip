@@ -33,7 +33,7 @@ class HipBackend final : public Backend {
     counters_ = device_alloc(kCounters * sizeof(int), "counters");
     GPU_CHECK(MemsetAsync(counters_.get(), 0, kCounters * sizeof(int), stream_));
     work_ = std::make_unique<Workspace>(stream_, [this] { drop_recordings(); });
-    experts_ = std::make_unique<Experts>(stream_, *work_, distinct_slot());
+    experts_ = std::make_unique<Experts>(stream_, *work_, distinct_slot(), expert_launch());
   }
 
   ~HipBackend() override {
@@ -305,7 +305,7 @@ class HipBackend final : public Backend {
  private:
   // position; distinct, then results, which are read back with it; attention's
   static constexpr int kResultRows = 256, kResults = kResultRows * static_cast<int>(sizeof(Top1) / sizeof(int));
-  static constexpr int kCounters = 2 + kResults + kAttentionCounters;
+  static constexpr int kCounters = 2 + kResults + kAttentionCounters + 2;
 
   struct Recording {
     bool warm = false;
@@ -336,6 +336,8 @@ class HipBackend final : public Backend {
   int* distinct_slot() const { return static_cast<int*>(counters_.get()) + 1; }
   void* results_slot() const { return static_cast<int*>(counters_.get()) + 2; }
   int* attention_arrived() const { return static_cast<int*>(counters_.get()) + 2 + kResults; }
+
+  int* expert_launch() const { return attention_arrived() + kAttentionCounters; }
 
   // One wait brings what lies in results_slot() and the distinct experts counted so far.
   void read_results(void* out, size_t bytes) {

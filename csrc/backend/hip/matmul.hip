@@ -16,7 +16,7 @@ inline constexpr int kDenseSlots = 12 / kChunk<F>;  // of a wave's ring
 template <typename F, int MaxRows, bool Norm, int Slots>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     matmul_few_kernel(OutList list, FewInput in, WaveMemory memory, bool add) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kBuffers = MaxRows <= 8 ? 2 : 1;
   __shared__ Partial<MaxRows> partial[kBuffers];
   [[maybe_unused]] __shared__ NormRows<1, kSegments>::Sums sums;
@@ -84,7 +84,7 @@ template <typename F, int MaxRows, int Slots>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     gate_up_dense_kernel(TiledWeight gate, TiledWeight up, QuantRows in, int rows, WaveMemory memory,
                          MutableQuantRows act) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<MaxRows> sums[2];
   const int wave = gpu::wave(), tiles = gate.tiles;
   const Span span = segment_span(wave, gate.groups);

@@ -68,7 +68,7 @@ __device__ inline void add_terms(const typename F::Term (&terms)[Rows][kGroups],
 template <typename F, int Rows, bool Norm, bool Shared>
 __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
     matmul_resident_kernel(OutList list, FewInput in, bool add) {
-  extern __shared__ __align__(16) uint8_t lds[];
+  DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<Rows> partial[Shared ? 1 : 2];
   using Norms = NormRows<Rows, kWaves>;
   [[maybe_unused]] __shared__ typename Norms::Sums sums;

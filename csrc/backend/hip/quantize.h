@@ -33,13 +33,18 @@ __device__ inline GroupScale quantize_quad(const float4& v, int8_t* q, bool writ
   return {largest / 127.0f, sum};
 }
 
-// The same with one value a lane: a wave makes a group.
-__device__ inline void quantize_group(float v, int8_t* q, GroupScale* scale) {
+// The same with one value a lane: a wave makes a group. Its scale, the lane's number in *q.
+__device__ inline GroupScale quantize_lane(float v, int* q) {
   const float largest = gpu::wave_max(fabsf(v));
-  const int i = quantize_one(v, steps_per_unit(largest));
+  *q = quantize_one(v, steps_per_unit(largest));
+  return {largest / 127.0f, gpu::wave_sum(*q)};
+}
+
+__device__ inline void quantize_group(float v, int8_t* q, GroupScale* scale) {
+  int i;
+  const GroupScale s = quantize_lane(v, &i);
   q[gpu::lane()] = static_cast<int8_t>(i);
-  const int sum = gpu::wave_sum(i);
-  if (gpu::lane() == 0) *scale = {largest / 127.0f, sum};
+  if (gpu::lane() == 0) *scale = s;
 }
 
 __device__ inline float swiglu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }

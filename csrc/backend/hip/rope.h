@@ -69,8 +69,8 @@ __device__ inline float4 rotate_quad(const QkvPost& p, int i, const float4& v, c
 }
 
 __device__ inline float4 shuffle_quad(const float4& v, int mask) {
-  return make_float4(gpu::shuffle_xor(v.x, mask), gpu::shuffle_xor(v.y, mask), gpu::shuffle_xor(v.z, mask),
-                     gpu::shuffle_xor(v.w, mask));
+  return make_float4(gpu::shuffle_xor<float>(v.x, mask), gpu::shuffle_xor<float>(v.y, mask),
+                     gpu::shuffle_xor<float>(v.z, mask), gpu::shuffle_xor<float>(v.w, mask));
 }
 
 }  // namespace dflash::hip

@@ -31,6 +31,14 @@ class Workspace {
     return static_cast<T*>(scratch_.get(name, bytes, [&] { GPU_CHECK(StreamSynchronize(stream_)); }));
   }
 
+  // Memory that is zero at first.
+  void* zeroed(Scratch::Name name, size_t bytes) {
+    const bool grows = scratch_.bytes(name) < bytes;
+    void* p = get<void>(name, bytes);
+    if (grows) GPU_CHECK(MemsetAsync(p, 0, bytes, stream_));
+    return p;
+  }
+
   float* floats(Scratch::Name name, int64_t rows, int64_t n) {
     return get<float>(name, static_cast<size_t>(rows * n) * sizeof(float));
   }

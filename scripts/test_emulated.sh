@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The GPU backend's code for gfx1151 as plain C++ on the CPU (tests/gpu/emulator): every op against its reference, sampling
+# against the CPU's, and the embedded pair, speculative equal to plain. No GPU and no ROCm are needed; nothing is timed.
+#
+#   scripts/test_emulated.sh [all]   all: every shape of the op tests (an hour) instead of the quick ones
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+quick=(quick)
+if [[ "${1:-}" == all ]]; then quick=(); fi
+
+if ! command -v clang++-19 >/dev/null || [[ ! -e /usr/include/hip/hip_runtime_api.h ]] ||
+  [[ ! -e /usr/include/boost/context/fiber.hpp ]]; then
+  root=()
+  if [[ "$(id -u)" != 0 ]]; then root=(sudo); fi
+  "${root[@]}" apt-get update -q
+  "${root[@]}" apt-get install -y -q --no-install-recommends clang-19 libamdhip64-dev libboost-context-dev
+fi
+cmake -G Ninja -S . -B "$work/build" -DDFLASH_GPU=emulated -DDFLASH_PYTHON=OFF -DDFLASH_TESTS=ON
+cmake --build "$work/build" -j "$(nproc)" --target gpu_test_ops gpu_test_engine gpu_test_pairs
+
+"$work/build/csrc/backend/hip/gpu_test_ops" "${quick[@]}"
+"$work/build/csrc/gpu_test_engine" sampling quick
+if command -v dflash-cpp >/dev/null; then
+  models=python/dflash_cpp/models
+  dflash-cpp convert "$models/nano-m2" -o "$work/target.gguf"
+  dflash-cpp convert "$models/nano-m2-dflash" --target-model "$models/nano-m2" -o "$work/drafter.gguf"
+  echo "1 5 9 17 33 65 20 40 80 100 120 7 8 9 14 3 77 60 2 31" > "$work/prompts"
+  "$work/build/csrc/gpu_test_pairs" "$work/target.gguf" "$work/drafter.gguf" "$work/prompts" 1 quick
+fi
