@@ -82,9 +82,7 @@ class Intake {
       : p_(p), lds_(lds), kv_head_(kv_head), first_head_(kv_head * (p.a.n_head / p.a.n_head_kv) + first_query) {
     const QkvPost& post = p.in.post;
     position_ = p.pos0.get();
-    if (static_cast<int>(threadIdx.x) < post.n_rot / 2) {
-      lds_.rotations[threadIdx.x] = rotation(post, static_cast<int>(threadIdx.x), static_cast<float>(position_));
-    }
+    if (rotates()) frequency_ = post.inv_freq[rotation_at()];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int item = gpu::wave() + i * kAttentionWaves;
@@ -115,6 +113,9 @@ class Intake {
   }
 
   __device__ inline void run(float (&q_lds)[Queries][kHeadDim]) {
+    if (rotates()) {  // while what was asked for comes
+      lds_.rotations[rotation_at()] = rotation(static_cast<float>(position_) * frequency_, p_.in.post.rope_scale);
+    }
     float sum[kParts];
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -162,6 +163,9 @@ class Intake {
 
  private:
   enum Kind { kNone, kQ, kK, kV };
+  // The last threads make the rotations: with few keys their waves have nothing else to do.
+  __device__ inline int rotation_at() const { return kAttentionThreads - 1 - static_cast<int>(threadIdx.x); }
+  __device__ inline bool rotates() const { return rotation_at() < p_.in.post.n_rot / 2; }
   __device__ inline int n_q() const { return p_.a.n_head * kHeadDim; }
   __device__ inline int n_k() const { return p_.a.n_head_kv * kHeadDim; }
   __device__ inline int part_at(int i) const {
@@ -179,6 +183,7 @@ class Intake {
   const AttentionArgs& p_;
   Shared& lds_;
   int kv_head_, first_head_, position_;
+  float frequency_;
   Kind kind_[kItems];
   int head_[kItems];
   float4 weight_[kItems], item_[kItems];
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   // Rows ascend with queries, so the block's keys lie between its first row's first and its last row's end.
   const int all_first = p.keys(first_query / group).first, all_end = p.keys(last_query / group).end;
   const int begin = max(split_begin(split), all_first), end = min(split_begin(split + 1), all_end);
-  if (begin >= end) return;  // others wait
+  if (!OneSplit && begin >= end) return;  // others wait; one split is never empty
   const int t = static_cast<int>(threadIdx.x), wave = gpu::wave();
   prefetch_keys(p, kv_head, begin, min(end, p.pos0.get()));
   auto head_of = [&](int query) { return kv_head * group + query % group; };
@@ -228,10 +233,11 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     __shared__ typename Intake<Queries>::Shared lds;
     const int position = p.pos0.get();
     own = {lds.k, lds.v, position};
-    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, end > position);
+    // With one split the key is here, and no wave has to know the position before it asks for q.
+    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, OneSplit || end > position);
     gpu::wait_only();
     intake.load();
-    if (OneSplit || split == 0) run.load(p.kv, kv_head, wave_key0, begin, end);
+    if ((OneSplit || split == 0) && wave_key0 < end) run.load(p.kv, kv_head, wave_key0, begin, end);
     intake.run(q_lds);
     gpu::release_next();
   } else {
@@ -242,7 +248,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
       reinterpret_cast<float4*>(&q_lds[0][0])[i] =
           reinterpret_cast<const float4*>(p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
     }
-    if (OneSplit || split == 0) run.load(p.kv, kv_head, wave_key0, begin, end);
+    if ((OneSplit || split == 0) && wave_key0 < end) run.load(p.kv, kv_head, wave_key0, begin, end);
   }
   if (t < Queries) keys_lds[t] = p.keys(min(first_query + t, last_query) / group);
   WaveState<Dims, Queries> w;
@@ -290,7 +296,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   };
   const int n_results = (last_query - first_query + 1) * kHeadDim;
   constexpr int kResults = (Queries * kHeadDim + kAttentionThreads - 1) / kAttentionThreads;
-  float r[kResults] = {}, top[kResults], total[kResults], scale[kResults];  // scale: a lane has a wave's
+  float r[kResults] = {}, total[kResults] = {}, top[kResults], scale[kResults];  // scale: a lane has a wave's
 #pragma unroll
   for (int wave0 = 0; wave0 < kAttentionWaves; wave0 += kTogether) {
     if (wave0 > 0) __syncthreads();
@@ -311,10 +317,13 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
         if (gpu::lane() < kAttentionWaves) ml = ml_lds[gpu::lane()][local];
         top[n] = gpu::wave_max(ml.x);
         scale[n] = ml.x == -INFINITY ? 0.0f : exp2f(ml.x - top[n]);
-        total[n] = gpu::wave_sum(scale[n] * ml.y);
       }
 #pragma unroll
-      for (int v = 0; v < kTogether; ++v) r[n] = fmaf(gpu::shuffle(scale[n], wave0 + v), o_lds[v][local][dim], r[n]);
+      for (int v = 0; v < kTogether; ++v) {
+        const float s = gpu::shuffle(scale[n], wave0 + v);
+        r[n] = fmaf(s, o_lds[v][local][dim], r[n]);
+        total[n] = fmaf(s, ml_lds[wave0 + v][local].y, total[n]);
+      }
     }
   }
 #pragma unroll

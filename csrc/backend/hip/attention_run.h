@@ -171,8 +171,7 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
       s[n] = run.key(n) >= keys[i].first && run.key(n) < keys[i].end ? s[n] * scale : -INFINITY;
       top = fmaxf(top, s[n]);
     }
-#pragma unroll
-    for (int m = R::kKeyLanes; m < gpu::kWave; m <<= 1) top = fmaxf(top, gpu::shuffle_xor(top, m));
+    top = gpu::wave_max(top);
     const float keep = w.largest[i] == -INFINITY ? 0.0f : exp2f(w.largest[i] - top);
     const bool first = gpu::lane() % R::kKeyLanes == 0;
     float sum = 0.0f;

@@ -69,9 +69,8 @@ void Experts::ffn(const Ffn& f, int rows, float* x) {
   }
   launch_norm_quantize(stream_, x, f.norm, f.eps, rows, n_embd, h, hq);
   if (experts_choose(rows, f.gate->type)) {
-    FewChoice c;
-    c.rows = rows;
-    const MutableQuantRows act = gate_up_few(*f.gate, *f.up, c);
+    const MutableQuantRows act = work_.mutable_quant(Scratch::kActQuant, rows, f.gate->n_out);
+    launch_gate_up_dense(stream_, f.gate->type, tiled(*f.gate), tiled(*f.up), rows_of(hq, n_embd), rows, act);
     const TiledOut out = {tiled(*f.down), x};
     return launch_matmul(stream_, f.down->type, &out, 1, rows_of(act, f.down->n_in), rows, true);
   }

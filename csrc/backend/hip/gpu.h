@@ -314,14 +314,47 @@ __device__ inline float wave_sum(float v) {
   return v;
 }
 
+// The same of N values, a power of two, in fewer shuffles: lanes i * 32 / N and those after it end with v[i]'s sum.
+template <int N>
+__device__ inline float wave_sums(float (&v)[N]) {
+  static_assert((N & (N - 1)) == 0 && N <= kWave, "a power of two");
+  int left = N;  // values a lane still has
+#pragma unroll
+  for (int m = kWave / 2; m > 0; m >>= 1) {
+    if (left == 1) {
+      v[0] += shuffle_xor(v[0], m);
+      continue;
+    }
+    left /= 2;
+    const bool upper = (lane() & m) != 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i >= left) break;
+      const float mine = upper ? v[i + left] : v[i], other = upper ? v[i] : v[i + left];
+      v[i] = mine + shuffle_xor(other, m);
+    }
+  }
+  return v[0];
+}
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
 __device__ inline int wave_sum(int v) {
+#if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
   return v;
+#else
+  return __reduce_add_sync(0xffffffffu, v);
+#endif
 }
 
 __device__ inline float wave_max(float v) {
+#if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
   return v;
+#else  // integers in the order of the floats: one instruction
+  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
+  return __int_as_float(turn(__reduce_max_sync(0xffffffffu, turn(__float_as_int(v)))));
+#endif
 }
 
 // The sum of v over the lanes before this one.

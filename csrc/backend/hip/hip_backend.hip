@@ -399,10 +399,12 @@ class HipBackend final : public Backend {
       (is_quantized(outs[i].w->type) ? any_tiled : any_float) = true;
       one_type = one_type && outs[i].w->type == outs[0].w->type;
     }
-    if (!any_float && one_type && matmul_can_norm(rows, n)) {
+    if (!any_float && one_type) {
       TiledOut list[kMaxOuts];
       for (int i = 0; i < n_outs; ++i) list[i] = {tiled(*outs[i].w), outs[i].y};
-      return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, add);
+      if (matmul_can_norm(outs[0].w->type, list, n_outs, rows)) {
+        return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, rows, add);
+      }
     }
     MutableQuantRows q;
     HalfRows half;

@@ -35,16 +35,20 @@ void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, f
 // ---- matmul.hip
 // ------------------------------------------------------------------------------------------------------- outs[i].y
 // (+)= outs[i].w * x for up to kMaxOuts weights of one type and n_in.
-inline constexpr int kMaxOuts = 4;
+inline constexpr int kMaxOuts = 8;
 struct TiledOut {
   TiledWeight w;
   float* y = nullptr;  // [rows, n_out]
 };
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add);
 
-// The same of rms_norm(x.x, x.norm) for one row, which saves a launch.
-bool matmul_can_norm(int rows, int64_t n_in);
-void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, bool add);
+// The same of rms_norm(x.x, x.norm) for a few rows, which saves a launch.
+bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows);
+void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add);
+
+// act[row] = int8 groups of silu(gate x[row]) * up x[row] for 1..kFewRows rows.  x [rows, n_embd], act [rows, n_ff]
+void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
+                          int rows, MutableQuantRows act);
 
 // y (+)= w * x for F32, F16 and BF16 weights in their GGUF rows, f32 activations.
 void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, float* y, bool add);

@@ -74,7 +74,19 @@ __device__ inline int dot_nibbles(const uint4& v, const int4& x0, const int4& x1
 }
 
 // The formats. Raw: one row's group as loaded; Block: the same, unpacked. accumulate(): acc plus its dot with a group
-// of activations. start(sum): the value a matrix instruction's sums start from so that they end as that dot.
+// of activations, which is add(term(), acc). start(sum): the value a matrix instruction's sums start from so that they
+// end as that dot.
+
+// What a group adds: the integer dot product and its scale.
+struct DotTerm {
+  float dot, d;
+};
+__device__ inline float add(const DotTerm& t, float acc) { return fmaf(t.dot, t.d, acc); }
+
+struct DotMinTerm {  // Q4_1: and the sum of the activations with its scale
+  float dot, d, sum, m;
+};
+__device__ inline float add(const DotMinTerm& t, float acc) { return fmaf(t.sum, t.m, fmaf(t.dot, t.d, acc)); }
 
 struct FormatQ4_0 {
   static constexpr DType kType = DType::Q4_0;
@@ -91,9 +103,12 @@ struct FormatQ4_0 {
     return {gpu::load_once(q + row * 16), s[row]};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
+  using Term = DotTerm;
+  static __device__ inline Term term(const Block& b, const int4& x0, const int4& x1, GroupScale x) {
+    return {gpu::mma_value(dot_nibbles(b.q, x0, x1, gpu::kMmaZero - 8 * x.sum)), b.d * x.d};
+  }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero - 8 * x.sum);
-    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
+    return add(term(b, x0, x1, x), acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_nibbles(q + half * 256);
@@ -119,10 +134,12 @@ struct FormatQ4_1 {
     return {r.q, gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
             gpu::half_to_float(static_cast<uint16_t>(r.dm >> 16))};
   }
+  using Term = DotMinTerm;
+  static __device__ inline Term term(const Block& b, const int4& x0, const int4& x1, GroupScale x) {
+    return {gpu::mma_value(dot_nibbles(b.q, x0, x1, gpu::kMmaZero)), b.d * x.d, static_cast<float>(x.sum), b.m * x.d};
+  }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_nibbles(b.q, x0, x1, gpu::kMmaZero);
-    acc = fmaf(gpu::mma_value(dot), b.d * x.d, acc);
-    return fmaf(static_cast<float>(x.sum), b.m * x.d, acc);
+    return add(term(b, x0, x1, x), acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_nibbles(q + half * 256);
@@ -145,9 +162,12 @@ struct FormatQ8_0 {
     return {gpu::load_once(q + row * 16), gpu::load_once(q + kTile * 16 + row * 16), s[row]};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
+  using Term = DotTerm;
+  static __device__ inline Term term(const Block& b, const int4& x0, const int4& x1, GroupScale x) {
+    return {gpu::mma_value(dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, gpu::kMmaZero)), b.d * x.d};
+  }
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
-    const int dot = dot_words(b.hi, x1, 0) + dot_words(b.lo, x0, gpu::kMmaZero);
-    return fmaf(gpu::mma_value(dot), b.d * x.d, acc);
+    return add(term(b, x0, x1, x), acc);
   }
   static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
     return gpu::mma_load_bytes(q + half * 256, q + kTile * 16 + half * 256);

@@ -1,6 +1,6 @@
 // Dense matrix times 1..16 rows, and float weights times any rows.
 
-#include "backend/hip/few_rows.h"
+#include "backend/hip/dense_few.h"
 #include "backend/hip/float_dot.h"
 #include "backend/hip/kernels.h"
 
@@ -9,18 +9,8 @@ namespace dflash::hip {
 namespace {
 
 constexpr int kActsMost = 64 << 10;  // bytes of activations of a block that are copied
-
-struct OutList {
-  TiledOut out[kMaxOuts];
-  int first_tile[kMaxOuts + 1];  // tiles of the outputs before
-  int tiles;                     // of all outputs
-};
-
-struct FewInput {
-  QuantRows x;     // the rows' int8 groups, or
-  NormInput norm;  // the one row, which every block normalises and quantises for itself
-  int rows;
-};
+template <typename F>
+inline constexpr int kDenseSlots = 12 / kChunk<F>;  // of a wave's ring
 
 // Tiles of any output, each block takes every gridDim.x-th.
 template <typename F, int MaxRows, bool Norm, int Slots>
@@ -29,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kBuffers = MaxRows <= 8 ? 2 : 1;
   __shared__ Partial<MaxRows> partial[kBuffers];
-  [[maybe_unused]] __shared__ float sums[gpu::kWave];
+  [[maybe_unused]] __shared__ NormRows<1, kSegments>::Sums sums;
   const int wave = gpu::wave(), groups = list.out[0].w.groups;
   const Span span = segment_span(wave, groups);
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
@@ -48,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   WeightStream<F, Slots, 0, Cursor> stream(memory.ring(lds, wave), span, Cursor{list, first, step, list.tiles});
   // The weights do not depend on the kernel before: start them on their way while it ends.
   stream.start();
-  [[maybe_unused]] const NormRow norm(in.norm, Norm ? groups * 32 : 0);
+  [[maybe_unused]] const NormRows<1, kSegments> norm(in.norm, Norm ? groups * 32 : 0);
   gpu::wait_for_previous();
   ActRows x;
   if constexpr (Norm) {
@@ -58,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
          reinterpret_cast<const GroupScale*>(acts + groups * 32) + span.g0, 0, 0};
   } else if (gpu::kStaged && (MaxRows <= 2 || memory.acts > 0)) {
     // One tile, all its weights are on their way: nothing is lost by waiting for them with the rows.
-    constexpr bool kWhole = Slots > 12 / kChunk<F>;
+    constexpr bool kWhole = Slots > kDenseSlots<F>;
     x = stage_acts<kWhole>(memory.act_rows(lds, wave), in.x, span, [](int r) { return r; }, in.rows, memory.acts);
   } else {
     x = {in.x.q + span.g0 * 32, in.x.scale + span.g0, groups * 32, groups};
@@ -89,23 +79,90 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   }
 }
 
+// The two products of a gated feed-forward, whose 32 outputs of a tile are one int8 group of the next product's input.
+template <typename F, int MaxRows, int Slots>
+__global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
+    gate_up_dense_kernel(TiledWeight gate, TiledWeight up, QuantRows in, int rows, WaveMemory memory,
+                         MutableQuantRows act) {
+  DFLASH_DYNAMIC_SHARED(lds);
+  __shared__ Partial<MaxRows> sums[2];
+  const int wave = gpu::wave(), tiles = gate.tiles;
+  const Span span = segment_span(wave, gate.groups);
+  const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+  struct Cursor {
+    const TiledWeight& gate;
+    const TiledWeight& up;
+    int at, step, half;
+    bool stopped;
+    __device__ void stop() { stopped = true; }
+    __device__ bool more() const { return !stopped && at < gate.tiles; }
+    __device__ TileView<F> tile() const { return TileView<F>(half == 0 ? gate : up, 0, at); }
+    __device__ void advance() {
+      if (half == 1) at += step;
+      half ^= 1;
+    }
+  };
+  WeightStream<F, Slots, 0, Cursor> stream(memory.ring(lds, wave), span, Cursor{gate, up, first, step, 0, false});
+  stream.start();
+  gpu::wait_for_previous();
+  auto row_of = [](int r) { return r; };
+  ActRows x = {in.q + span.g0 * 32, in.scale + span.g0, gate.groups * 32, gate.groups};
+  if (gpu::kStaged && memory.acts > 0) x = stage_acts(memory.act_rows(lds, wave), in, span, row_of, rows, memory.acts);
+  const int segments = segment_count(gate.groups);
+  for (int tile = first; tile < tiles; tile += step) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      tile_segment<F, MaxRows, false>(stream, x, row_of, rows, sums[half][wave]);
+    }
+    __syncthreads();
+    for (int r = wave; r < rows; r += kSegments) {
+      const float g = add_segments<MaxRows>(sums[0], segments, r, gpu::lane());
+      const float u = add_segments<MaxRows>(sums[1], segments, r, gpu::lane());
+      const int64_t group = static_cast<int64_t>(r) * tiles + tile;
+      quantize_group(swiglu(g, u), act.q + group * 32, act.scale + group);
+    }
+    __syncthreads();
+  }
+}
+
+// Shared memory of a wave whose ring has so many slots; rows: of activations, copied there if all of them fit.
+template <typename F>
+WaveMemory dense_memory(int slots, int groups, int rows) {
+  WaveMemory memory;
+  if (!gpu::kStaged) return memory;
+  memory.segment = segment_groups(groups);
+  memory.ring_bytes = slots * Slot<F, 0>::kBytes;
+  if (rows <= 2 || kSegments * rows * act_bytes(memory.segment) <= kActsMost) memory.acts = rows;
+  return memory;
+}
+
+// Calls f(MaxRows) with the smallest bound for which dense kernels are made.
+template <typename F>
+void with_dense_rows(int rows, F&& f) {
+  if (rows == 1) return f(std::integral_constant<int, 1>{});
+  if constexpr (gpu::kStaged) {
+    if (rows == 2) return f(std::integral_constant<int, 2>{});
+  }
+  if (rows <= 4) return f(std::integral_constant<int, 4>{});
+  if (rows <= 8) return f(std::integral_constant<int, 8>{});
+  f(std::integral_constant<int, kFewRows>{});
+}
+
 template <typename F, int MaxRows, bool Norm>
 void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add) {
   const int groups = list.out[0].w.groups, units = gpu::compute_units();
-  size_t shared = Norm ? norm_bytes(groups * 32) : 0;
-  WaveMemory memory;
+  size_t shared = Norm ? static_cast<size_t>(norm_bytes(1, groups * 32)) : 0;
   auto run = [&](int slots, int blocks, auto kernel) {
+    const WaveMemory memory = dense_memory<F>(slots, groups, Norm ? 0 : in.rows);
     if (gpu::kStaged) {
-      memory.segment = segment_groups(groups);
-      memory.ring_bytes = slots * Slot<F, 0>::kBytes;
-      if (!Norm && (MaxRows <= 2 || kSegments * in.rows * act_bytes(memory.segment) <= kActsMost))
-        memory.acts = in.rows;
       shared += kSegments * static_cast<size_t>(memory.wave_bytes());
+      // No more than two to a multiprocessor: those that are free first would take four, and the others wait for them.
+      if (shared < gpu::kSharedMost / 3) shared = gpu::kSharedMost / 3;
     }
     gpu::launch_shared(s, dim3(static_cast<unsigned>(blocks)), kThreads, shared, kernel, list, in, memory, add);
   };
   if constexpr (gpu::kStaged) {
-    constexpr int kSlots = 12 / kChunk<F>;
+    constexpr int kSlots = kDenseSlots<F>;
     // A block that has a multiprocessor for itself takes a longer run of weights ahead.
     if constexpr (!Norm && F::kQuantBytes == kTile * 16) {
       if (list.tiles <= units && segment_groups(groups) > 12) {
@@ -116,31 +173,6 @@ void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add
   } else {
     run(0, list.tiles, matmul_few_kernel<F, MaxRows, Norm, 2>);
   }
-}
-
-template <typename F>
-void matmul_few_rows(gpu::Stream s, const OutList& list, const FewInput& in, bool add) {
-  if (in.rows == 1) {
-    matmul_few<F, 1, false>(s, list, in, add);
-  } else if (gpu::kStaged && in.rows == 2) {
-    matmul_few<F, gpu::kStaged ? 2 : 4, false>(s, list, in, add);
-  } else if (in.rows <= 4) {
-    matmul_few<F, 4, false>(s, list, in, add);
-  } else if (in.rows <= 8) {
-    matmul_few<F, 8, false>(s, list, in, add);
-  } else {
-    matmul_few<F, kFewRows, false>(s, list, in, add);
-  }
-}
-
-OutList out_list(const TiledOut* outs, int n_outs) {
-  OutList list = {};
-  for (int i = 0; i < n_outs; ++i) {
-    list.out[i] = outs[i];
-    list.first_tile[i + 1] = list.first_tile[i] + outs[i].w.tiles;
-  }
-  list.tiles = list.first_tile[n_outs];
-  return list;
 }
 
 // ---- float weights
@@ -251,15 +283,39 @@ void with_float(DType type, F&& f) {
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add) {
   const OutList list = out_list(outs, n_outs);
   const FewInput in = {x, {}, rows};
-  with_format(type, [&](auto format) { matmul_few_rows<decltype(format)>(s, list, in, add); });
+  if (launch_resident(s, type, list, in, add)) return;
+  with_format(type, [&](auto format) {
+    with_dense_rows(rows,
+                    [&](auto most) { matmul_few<decltype(format), decltype(most)::value, false>(s, list, in, add); });
+  });
 }
 
-bool matmul_can_norm(int rows, int64_t n_in) { return norm_fits(rows, n_in); }
-
-void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, bool add) {
+bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows) {
   const OutList list = out_list(outs, n_outs);
-  const FewInput in = {{}, x, 1};
+  return norm_fits(list.n_in()) && (rows == 1 || resident_fits(type, list, rows, true));
+}
+
+void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add) {
+  const OutList list = out_list(outs, n_outs);
+  const FewInput in = {{}, x, rows};
+  if (launch_resident(s, type, list, in, add)) return;
   with_format(type, [&](auto format) { matmul_few<decltype(format), 1, true>(s, list, in, add); });
+}
+
+void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
+                          int rows, MutableQuantRows act) {
+  with_format(type, [&](auto format) {
+    with_dense_rows(rows, [&](auto most) {
+      using F = decltype(format);
+      const WaveMemory memory = dense_memory<F>(kDenseSlots<F>, gate.groups, rows);
+      const int resident = 2 * gpu::compute_units(),
+                blocks = !gpu::kStaged || gate.tiles < resident ? gate.tiles : resident;
+      gpu::launch_shared(s, dim3(static_cast<unsigned>(blocks)), kThreads,
+                         gpu::kStaged ? kSegments * static_cast<size_t>(memory.wave_bytes()) : 0,
+                         gate_up_dense_kernel<F, decltype(most)::value, kDenseSlots<F>>, gate, up, x, rows, memory,
+                         act);
+    });
+  });
 }
 
 void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, float* y, bool add) {

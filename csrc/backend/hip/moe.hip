@@ -11,79 +11,98 @@ namespace dflash::hip {
 
 namespace {
 
-// Few rows: grid (n_expert / 8, some of the rows). A block normalises its rows for itself (the blocks share the work of
-// quantising them), a wave makes an expert's logits from router weights it holds in registers before the row is there.
-// The same sums in the same order as norm_quantize and the float matmul for many rows. Who reads the logits chooses.
-constexpr int kRouteQuads = 24;                           // float4 of router weights a lane holds
-constexpr int kRouteRows = 4;                             // rows that are worked on side by side
-constexpr int kRouteEmbd = kRouteQuads * 4 * gpu::kWave;  // largest n_embd
+// Few rows: grid (n_expert / kRouteExperts). A wave has the same elements of its experts' router weights and of the
+// rows, all in registers: products and sums of squares leave it together, and the factor 1 / rms comes last. The blocks
+// share the work of quantising the rows. Who reads the logits chooses.
+constexpr int kRouteExperts = 2;                        // of a block
+constexpr int kRouteQuads = 3;                          // float4 of a row a lane holds
+constexpr int kRouteEmbd = kRouteQuads * 4 * kThreads;  // largest n_embd
+constexpr int kRouteSums = kRouteExperts + 1;           // of a row: products, squares
 
+// Rows at a time.
+template <int Rows>
 __global__ void __launch_bounds__(kThreads)
     route_few_kernel(const float* __restrict__ router, const float* __restrict__ x, const float* __restrict__ norm,
                      float eps, int n_embd, int n_expert, int rows, MutableQuantRows hq, float* logits) {
-  constexpr int kParts = kRouteEmbd / (4 * kThreads);  // float4 of a row a thread holds
-  alignas(16) __shared__ float h[kRouteEmbd];
-  __shared__ float lds[gpu::kWave];
-  const int expert = static_cast<int>(blockIdx.x) * kSegments + gpu::wave();
-  auto at_lane = [&](int i) { return (i * gpu::kWave + gpu::lane()) * 4; };
-  auto at_thread = [&](int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; };
+  alignas(16) __shared__ float parts[2][Rows][kRouteSums][kSegments];  // of the waves, for rows in turn
+  const int expert0 = static_cast<int>(blockIdx.x) * kRouteExperts, wave = gpu::wave();
+  auto unit = [&](int i) { return static_cast<unsigned>(i * kSegments + wave); };  // four groups
+  auto at = [&](int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; };
   const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float4 w[kRouteQuads], weight[kParts];
+  float4 w[kRouteExperts][kRouteQuads], weight[kRouteQuads];
+  bool quantises[kRouteQuads];  // the block this unit
 #pragma unroll
   for (int i = 0; i < kRouteQuads; ++i) {
-    w[i] = zero;
-    if (expert < n_expert && at_lane(i) < n_embd) {
-      w[i] = *reinterpret_cast<const float4*>(router + static_cast<int64_t>(expert) * n_embd + at_lane(i));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
+    quantises[i] = hq.q != nullptr && unit(i) % gridDim.x == blockIdx.x && at(i) - 4 * gpu::lane() < n_embd;
     weight[i] = zero;
-    if (at_thread(i) < n_embd) weight[i] = *reinterpret_cast<const float4*>(norm + at_thread(i));
-  }
-  if (threadIdx.x < gpu::kWave) lds[threadIdx.x] = 0.0f;
-  gpu::wait_for_previous();
-  for (int row = static_cast<int>(blockIdx.y); row < rows; row += static_cast<int>(gridDim.y)) {
-    float4 v[kParts];
+    if (at(i) < n_embd) weight[i] = *reinterpret_cast<const float4*>(norm + at(i));
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      v[i] = zero;
-      if (at_thread(i) < n_embd)
-        v[i] = *reinterpret_cast<const float4*>(x + static_cast<int64_t>(row) * n_embd + at_thread(i));
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {  // as if each float4 had a thread of its own
-      const float squares = fmaf(v[i].w, v[i].w, fmaf(v[i].z, v[i].z, fmaf(v[i].y, v[i].y, v[i].x * v[i].x)));
-      const float sum = gpu::wave_sum(squares);
-      if (gpu::lane() == 0) lds[i * kSegments + gpu::wave()] = sum;
-    }
-    __syncthreads();
-    const float mean = gpu::wave_sum(lds[gpu::lane()]) / static_cast<float>(n_embd);
-    const float inverse = 1.0f / sqrtf(mean + eps);
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int at = at_thread(i);
-      const float4 n = make_float4((v[i].x * inverse) * weight[i].x, (v[i].y * inverse) * weight[i].y,
-                                   (v[i].z * inverse) * weight[i].z, (v[i].w * inverse) * weight[i].w);
-      *reinterpret_cast<float4*>(&h[at]) = n;
-      if (static_cast<int>(blockIdx.x) == row % static_cast<int>(gridDim.x) && hq.q != nullptr) {
-        const int64_t group = (static_cast<int64_t>(row) * n_embd + at) / 32;
-        quantize_quad(n, hq.q + group * 32, hq.scale + group, at < n_embd);
+    for (int e = 0; e < kRouteExperts; ++e) {
+      w[e][i] = zero;
+      if (expert0 + e < n_expert && at(i) < n_embd) {
+        w[e][i] = *reinterpret_cast<const float4*>(router + static_cast<int64_t>(expert0 + e) * n_embd + at(i));
       }
     }
-    __syncthreads();
-    float acc = 0.0f;
+  }
+  gpu::wait_for_previous();
+  for (int row0 = 0, buffer = 0; row0 < rows; row0 += Rows, buffer ^= 1) {
+    float4 v[Rows][kRouteQuads];
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      const float* from = x + static_cast<int64_t>(min(row0 + r, rows - 1)) * n_embd;
+#pragma unroll
+      for (int i = 0; i < kRouteQuads; ++i) {
+        v[r][i] = zero;
+        if (at(i) < n_embd) v[r][i] = *reinterpret_cast<const float4*>(from + at(i));
+      }
+    }
+    constexpr int kSums = gpu::power_of_two_from(Rows * kRouteSums), kLanes = gpu::kWave / kSums;
+    float sum[kSums] = {};  // [row][product or squares]
 #pragma unroll
     for (int i = 0; i < kRouteQuads; ++i) {
-      const float4 a = *reinterpret_cast<const float4*>(&h[at_lane(i)]);
-      acc = fmaf(w[i].x, a.x, acc);
-      acc = fmaf(w[i].y, a.y, acc);
-      acc = fmaf(w[i].z, a.z, acc);
-      acc = fmaf(w[i].w, a.w, acc);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        sum[r * kRouteSums + kRouteExperts] += sum_of_squares(v[r][i]);
+        v[r][i] = times(v[r][i], weight[i]);
+#pragma unroll
+        for (int e = 0; e < kRouteExperts; ++e) {
+          float& s = sum[r * kRouteSums + e];
+          s = fmaf(w[e][i].x, v[r][i].x, s);
+          s = fmaf(w[e][i].y, v[r][i].y, s);
+          s = fmaf(w[e][i].z, v[r][i].z, s);
+          s = fmaf(w[e][i].w, v[r][i].w, s);
+        }
+      }
     }
-    acc = gpu::wave_sum(acc);
-    if (gpu::lane() == 0 && expert < n_expert) logits[row * n_expert + expert] = acc;
+    const float all = gpu::wave_sums(sum);
+    const int of = gpu::lane() / kLanes;
+    if (gpu::lane() % kLanes == 0 && of < Rows * kRouteSums) {
+      parts[buffer][of / kRouteSums][of % kRouteSums][wave] = all;
+    }
+    __syncthreads();
+    auto total = [&](int r, int j) {
+      float t = 0.0f;
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) t += parts[buffer][r][j][s];
+      return t;
+    };
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      const int row = row0 + r;
+      if (row >= rows) break;
+      const float inverse = 1.0f / sqrtf(total(r, kRouteExperts) / static_cast<float>(n_embd) + eps);
+      const int expert = expert0 + gpu::lane();
+      if (wave == r && gpu::lane() < kRouteExperts && expert < n_expert) {
+        logits[row * n_expert + expert] = total(r, gpu::lane()) * inverse;
+      }
+#pragma unroll
+      for (int i = 0; i < kRouteQuads; ++i) {
+        if (!quantises[i]) continue;
+        const int64_t group = (static_cast<int64_t>(row) * n_embd + at(i)) / 32;
+        const GroupScale s = quantize_quad(v[r][i], hq.q + group * 32, at(i) < n_embd);
+        if (gpu::lane() % 8 == 0 && at(i) < n_embd) hq.scale[group] = {s.d * inverse, s.sum};
+      }
+    }
   }
 }
 
@@ -224,9 +243,12 @@ void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, Mutable
   check_experts(m, r);
   const int n_expert = static_cast<int>(router.n_out);
   if (!route_needs_hidden(m, r.rows)) {
-    const dim3 grid(u((n_expert + kSegments - 1) / kSegments), u(r.rows < kRouteRows ? r.rows : kRouteRows));
-    gpu::launch(s, grid, kThreads, route_few_kernel, static_cast<const float*>(router.data), x, m.norm, m.eps,
-                static_cast<int>(router.n_in), n_expert, r.rows, hq, logits);
+    const dim3 grid(u((n_expert + kRouteExperts - 1) / kRouteExperts));
+    auto run = [&](auto kernel) {
+      gpu::launch(s, grid, kThreads, kernel, static_cast<const float*>(router.data), x, m.norm, m.eps,
+                  static_cast<int>(router.n_in), n_expert, r.rows, hq, logits);
+    };
+    r.rows == 1 ? run(route_few_kernel<1>) : r.rows == 2 ? run(route_few_kernel<2>) : run(route_few_kernel<4>);
     return;
   }
   launch_norm_quantize(s, x, m.norm, m.eps, r.rows, router.n_in, h, hq);

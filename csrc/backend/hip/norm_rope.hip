@@ -57,15 +57,26 @@ __global__ void __launch_bounds__(kNormThreads)
   gpu::wait_for_previous();
   const int64_t row = blockIdx.x;
   const HeldRow held(x + row * n, n);
+  GroupScale scales[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = HeldRow::at(i);
+    if (at - 4 * gpu::lane() >= n || out.q == nullptr) break;
+    const float4 v = norm != nullptr ? times(held.v[i], weights.v[i]) : held.v[i];
+    scales[i] = quantize_quad(v, out.q + row * n + (at & ~31), at < n);
+  }
   const float inverse = norm != nullptr ? held.inverse_rms(n, eps, lds) : 1.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = HeldRow::at(i);
     if (at >= n) break;
-    float4 v = held.v[i];
-    if (norm != nullptr) v = times(v, inverse, weights.v[i]);
-    if (y != nullptr) *reinterpret_cast<float4*>(y + row * n + at) = v;
-    if (out.q != nullptr) quantize_quad(v, out.q + row * n + (at & ~31), out.scale + (row * n + at) / 32);
+    if (y != nullptr) {
+      const float4 v = norm != nullptr ? times(held.v[i], inverse, weights.v[i]) : held.v[i];
+      *reinterpret_cast<float4*>(y + row * n + at) = v;
+    }
+    if (out.q != nullptr && gpu::lane() % 8 == 0) {
+      out.scale[(row * n + at) / 32] = {norm != nullptr ? scales[i].d * inverse : scales[i].d, scales[i].sum};
+    }
   }
 }
 
@@ -115,21 +126,6 @@ __device__ inline void store_kv(const KvLayer& kv, void* base, int head, int64_t
 // Which part of a row a block works on.
 enum Part { kPartQ = 0, kPartK = 1, kPartV = 2 };
 
-// NEOX rotation of element i of a head whose normalised values are at(i).
-template <typename At>
-__device__ inline float rotate(const QkvPost& p, int i, float position, At at) {
-  const int half = p.n_rot / 2;
-  if (i >= p.n_rot) return at(i);
-  const int pair = i < half ? i : i - half;
-  const float angle = position * p.inv_freq[pair];
-  float sine, cosine;
-  sincosf(angle, &sine, &cosine);
-  sine *= p.rope_scale;
-  cosine *= p.rope_scale;
-  const float a = at(pair), b = at(pair + half);
-  return i < half ? fmaf(a, cosine, -(b * sine)) : fmaf(b, cosine, a * sine);
-}
-
 constexpr int kMostPairs = 64;
 
 // Norm over the whole vector: grid (rows, 3), a block takes all heads of q, k or v of one row. n_rot / 2 and head_dim
@@ -142,14 +138,14 @@ __global__ void __launch_bounds__(kNormThreads)
   const int part = static_cast<int>(blockIdx.y);
   const int n = (part == kPartQ ? p.n_head : p.n_head_kv) * p.head_dim;
   const HeldRow weights(part == kPartQ ? p.q_norm : p.k_norm, part != kPartV ? n : 0);
+  const int64_t position = pos0.get() + row;
+  for (int i = static_cast<int>(threadIdx.x); i < p.n_rot / 2 && part != kPartV; i += static_cast<int>(blockDim.x)) {
+    turns[i] = rotation(static_cast<float>(position) * p.inv_freq[i], p.rope_scale);
+  }
   gpu::wait_for_previous();
   if (part == kPartQ && q == nullptr) return;
-  const int64_t position = pos0.get() + row;
   const float* x = (part == kPartQ ? q : part == kPartK ? k : v) + static_cast<int64_t>(row) * n;
   const HeldRow held(x, n);
-  for (int i = static_cast<int>(threadIdx.x); i < p.n_rot / 2 && part != kPartV; i += static_cast<int>(blockDim.x)) {
-    turns[i] = rotation(p, i, static_cast<float>(position));
-  }
   const float inverse = part != kPartV ? held.inverse_rms(n, p.eps, lds) : 1.0f;  // waits for the turns too
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -206,7 +202,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
   const int64_t position = pos0.get() + row;
   if (static_cast<int>(threadIdx.x) < p.n_rot / 2) {
-    turns[threadIdx.x] = rotation(p, static_cast<int>(threadIdx.x), static_cast<float>(position));
+    turns[threadIdx.x] = rotation(static_cast<float>(position) * p.inv_freq[threadIdx.x], p.rope_scale);
   }
   float2 squares = make_float2(0.0f, 0.0f);  // of q and k
 #pragma unroll
@@ -244,34 +240,68 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// Norm per head: grid (rows, n_head + 2 n_head_kv), a wave per head.
+// Norm per head: grid (rows, n_head + 2 n_head_kv), a wave per head of at most kMostHead elements.
+constexpr int kMostHead = 256;
+
 __global__ void __launch_bounds__(gpu::kWave)
     qkv_per_head_kernel(QkvPost p, Position pos0, float* q, float* k, const float* v, KvLayer kv) {
-  gpu::wait_for_previous();
+  constexpr int kEach = kMostHead / gpu::kWave;
+  __shared__ float head[kMostHead];
   const int row = static_cast<int>(blockIdx.x);
   int h = static_cast<int>(blockIdx.y);
-  const int64_t position = pos0.get() + row;
   const int part = h < p.n_head ? kPartQ : h < p.n_head + p.n_head_kv ? kPartK : kPartV;
-  if (part == kPartQ && q == nullptr) return;
   if (part != kPartQ) h -= part == kPartK ? p.n_head : p.n_head + p.n_head_kv;
-  const int heads = part == kPartQ ? p.n_head : p.n_head_kv;
+  const int heads = part == kPartQ ? p.n_head : p.n_head_kv, half = p.n_rot / 2;
+  const int64_t position = pos0.get() + row;
+  float weight[kEach], x[kEach];  // of elements lane, lane + 32, ...
+  float2 turn[kEach];             // NEOX: pair (i, i + half)
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * gpu::kWave + gpu::lane();
+    if (part == kPartV || i >= p.head_dim) break;
+    weight[j] = (part == kPartQ ? p.q_norm : p.k_norm)[i];
+    if (i < p.n_rot) turn[j] = rotation(static_cast<float>(position) * p.inv_freq[i % half], p.rope_scale);
+  }
+  gpu::wait_for_previous();
+  if (part == kPartQ && q == nullptr) return;
   const int64_t at = (static_cast<int64_t>(row) * heads + h) * p.head_dim;
+  const float* from = (part == kPartQ ? q : part == kPartK ? k : v) + at;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * gpu::kWave + gpu::lane();
+    x[j] = i < p.head_dim ? from[i] : 0.0f;
+  }
   if (part == kPartV) {
-    for (int i = gpu::lane(); i < p.head_dim; i += gpu::kWave) store_kv(kv, kv.v, h, position, i, v[at + i]);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (j * gpu::kWave < p.head_dim) store_kv(kv, kv.v, h, position, j * gpu::kWave + gpu::lane(), x[j]);
+    }
     return;
   }
-  float* x = (part == kPartQ ? q : k) + at;
-  const float* norm = part == kPartQ ? p.q_norm : p.k_norm;
   float squares = 0.0f;
-  for (int i = gpu::lane(); i < p.head_dim; i += gpu::kWave) squares = fmaf(x[i], x[i], squares);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) squares = fmaf(x[j], x[j], squares);
   const float inverse = 1.0f / sqrtf(gpu::wave_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
-  __shared__ float head[256];
-  for (int i = gpu::lane(); i < p.head_dim; i += gpu::kWave) head[i] = (x[i] * inverse) * norm[i];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * gpu::kWave + gpu::lane();
+    if (i >= p.head_dim) break;
+    x[j] = (x[j] * inverse) * weight[j];
+    head[i] = x[j];
+  }
   __syncthreads();
-  for (int i = gpu::lane(); i < p.head_dim; i += gpu::kWave) {
-    const float r = rotate(p, i, static_cast<float>(position), [&](int j) { return head[j]; });
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * gpu::kWave + gpu::lane();
+    if (j * gpu::kWave >= p.head_dim) break;
+    float r = x[j];
+    if (i < half) {
+      r = fmaf(r, turn[j].x, -(head[i + half] * turn[j].y));
+    } else if (i < p.n_rot) {
+      r = fmaf(r, turn[j].x, head[i - half] * turn[j].y);
+    }
     if (part == kPartQ) {
-      x[i] = r;
+      q[at + i] = r;
     } else {
       store_kv(kv, kv.k, h, position, i, r);
     }

@@ -1,81 +1,99 @@
 #pragma once
-// RMSNorm and quantisation of one row at the start of a kernel, by every block for itself: cheaper than a kernel of its
-// own (for four rows it is not: 17 us against 3 on an H200). The sums are those of norm_quantize_kernel, in its order:
-// there each float4 of a row of at most kFusedNorm elements has a thread of its own, here a wave plays that kernel's
-// waves ("parts") one after the other.
+// RMSNorm and quantisation of a few rows at the start of a kernel, by every block for itself: for up to four rows that
+// is cheaper than a kernel of its own. x * weight is what becomes int8; the factor 1 / rms is part of the groups'
+// scales, so that nothing waits for the sum of squares but these. norm_quantize_kernel does the same and adds up in the
+// same order: each float4 of a row of at most kFusedNorm elements has a thread of its own there, here a wave plays that
+// kernel's waves ("parts") one after the other.
 
 #include "backend/hip/quantize.h"
 
 namespace dflash::hip {
 
 inline constexpr int kFusedNorm = 4096;  // elements at most
+inline constexpr int kFusedRows = 4;
 
-// x [n], or rms_norm(x, norm) where norm is not null.
+// x [rows, n], or rms_norm(x, norm) where norm is not null.
 struct NormInput {
   const float* x = nullptr;
   const float* norm = nullptr;
   float eps = 0.0f;
 };
 
-__host__ __device__ inline bool norm_fits(int rows, int64_t n) { return rows == 1 && n <= kFusedNorm && n % 32 == 0; }
+__host__ __device__ inline bool norm_fits(int64_t n) { return n <= kFusedNorm && n % 32 == 0; }
 
-// int8, then the scales
-__host__ __device__ inline size_t norm_bytes(int n) {
-  return static_cast<size_t>(n) + static_cast<size_t>(n / 32) * sizeof(GroupScale);
+// int8 rows, then their scales
+__host__ __device__ inline int norm_bytes(int rows, int n) {
+  return rows * (n + n / 32 * static_cast<int>(sizeof(GroupScale)));
 }
 
 __device__ inline float4 times(const float4& v, float s, const float4& w) {
   return make_float4((v.x * s) * w.x, (v.y * s) * w.y, (v.z * s) * w.z, (v.w * s) * w.w);
+}
+__device__ inline float4 times(const float4& v, const float4& w) {
+  return make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
 }
 
 __device__ inline float sum_of_squares(const float4& v) {
   return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
 }
 
-// A block of eight waves. Construct before the wait for the kernel before, run() after it.
-class NormRow {
+// A block of Waves waves. Construct before the wait for the kernel before, run() after it.
+template <int Rows, int Waves>
+class NormRows {
  public:
-  static constexpr int kWaves = 8, kParts = kFusedNorm / (4 * gpu::kWave * kWaves);  // float4 a thread has
+  static constexpr int kParts = kFusedNorm / (4 * gpu::kWave * Waves);  // float4 of a row a thread has
+  using Sums = float[Rows][gpu::kWave];
 
-  __device__ inline NormRow(const NormInput& in, int n) : in_(in), n_(n) {
+  __device__ inline NormRows(const NormInput& in, int n) : in_(in), n_(n) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) weight_[i] = load(in.norm, i, in.norm != nullptr);
   }
 
-  // Into shared memory at out (norm_bytes); sums: 32 floats of shared memory.
-  __device__ inline void run(uint8_t* out, float* sums) const {
-    float4 v[kParts];
+  // Into shared memory at out (norm_bytes).
+  __device__ inline void run(uint8_t* out, Sums& sums) const {
+    float4 v[Rows][kParts];
+    constexpr int kSums = gpu::power_of_two_from(Rows * kParts), kLanes = gpu::kWave / kSums;
+    float part[kSums] = {};
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) v[i] = load(in_.x, i, true);
-    if (in_.norm != nullptr) {
-      float part[kParts];
+    for (int r = 0; r < Rows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kParts; ++i) part[i] = sum_of_squares(v[i]);
-#pragma unroll
-      for (int m = gpu::kWave / 2; m > 0; m >>= 1) {  // as wave_sum, side by side
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) part[i] += gpu::shuffle_xor(part[i], m);
-      }
-      if (gpu::lane() == 0) {
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) sums[i * kWaves + gpu::wave()] = part[i];
-      }
-      __syncthreads();
-      const float inverse = 1.0f / sqrtf(gpu::wave_sum(sums[gpu::lane()]) / static_cast<float>(n_) + in_.eps);
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) v[i] = times(v[i], inverse, weight_[i]);
+      for (int i = 0; i < kParts; ++i) v[r][i] = load(in_.x + r * n_, i, true);
     }
-    GroupScale* scales = reinterpret_cast<GroupScale*>(out + n_);
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) part[r * kParts + i] = sum_of_squares(v[r][i]);
+    }
+    const float sum = gpu::wave_sums(part);
+    const int of = gpu::lane() / kLanes;
+    if (gpu::lane() % kLanes == 0 && of < Rows * kParts) sums[of / kParts][of % kParts * Waves + gpu::wave()] = sum;
+    GroupScale* const scales = reinterpret_cast<GroupScale*>(out + Rows * n_);
+    const int groups = n_ / 32;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      if (at(i) - 4 * gpu::lane() >= n_) break;  // the whole wave is past the end
-      quantize_quad(v[i], reinterpret_cast<int8_t*>(out) + (at(i) & ~31), scales + at(i) / 32, at(i) < n_);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        if (at(i) - 4 * gpu::lane() >= n_) continue;  // the whole wave is past the end
+        const float4 scaled = in_.norm != nullptr ? times(v[r][i], weight_[i]) : v[r][i];
+        const GroupScale s = quantize_quad(scaled, reinterpret_cast<int8_t*>(out) + r * n_ + (at(i) & ~31), at(i) < n_);
+        if (at(i) < n_ && gpu::lane() % 8 == 0) scales[r * groups + at(i) / 32] = s;
+      }
+    }
+    __syncthreads();
+    if (in_.norm == nullptr) return;
+    constexpr int kRowWaves = Waves / Rows;  // waves to a row
+    const int row = gpu::wave() / kRowWaves;
+    if (row < Rows) {
+      const float inverse = 1.0f / sqrtf(gpu::wave_sum(sums[row][gpu::lane()]) / static_cast<float>(n_) + in_.eps);
+      for (int g = gpu::wave() % kRowWaves * gpu::kWave + gpu::lane(); g < groups; g += kRowWaves * gpu::kWave) {
+        scales[row * groups + g].d *= inverse;
+      }
     }
     __syncthreads();
   }
 
  private:
-  static __device__ inline int at(int i) { return ((i * kWaves + gpu::wave()) * gpu::kWave + gpu::lane()) * 4; }
+  static __device__ inline int at(int i) { return ((i * Waves + gpu::wave()) * gpu::kWave + gpu::lane()) * 4; }
   __device__ inline float4 load(const float* p, int i, bool there) const {
     return there && at(i) < n_ ? *reinterpret_cast<const float4*>(p + at(i)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }

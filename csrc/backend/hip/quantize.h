@@ -6,8 +6,12 @@
 
 namespace dflash::hip {
 
+// 127 over a group's largest value; 0 where that would overflow.
+__device__ inline float steps_per_unit(float largest) { return largest > 1e-30f ? 127.0f / largest : 0.0f; }
+
+// v * inverse, at most 127, rounded to the nearest even integer: the sum is so large that its last bit is a one.
 __device__ inline int quantize_one(float v, float inverse) {
-  return static_cast<int>(rintf(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
+  return static_cast<int>(__float_as_uint(v * inverse + 12582912.0f) - 0x4b400000u);
 }
 
 __device__ inline uint32_t pack_bytes(int a, int b, int c, int d) {
@@ -15,25 +19,24 @@ __device__ inline uint32_t pack_bytes(int a, int b, int c, int d) {
          (static_cast<uint32_t>(c) & 255u) << 16 | static_cast<uint32_t>(d) << 24;
 }
 
-// v: elements 4 * (lane % 8) .. + 3 of the group at q. All lanes take part; write says which groups exist.
-__device__ inline void quantize_quad(const float4& v, int8_t* q, GroupScale* scale, bool write = true) {
+// v: elements 4 * (lane % 8) .. + 3 of the group at q. All lanes take part; write says which groups exist. Returns the
+// group's scale to each of its lanes.
+__device__ inline GroupScale quantize_quad(const float4& v, int8_t* q, bool write = true) {
   float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
   for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  const int a = quantize_one(v.x, inverse), b = quantize_one(v.y, inverse), c = quantize_one(v.z, inverse),
-            d = quantize_one(v.w, inverse);
-  int sum = a + b + c + d;
+  const float inverse = steps_per_unit(largest);
+  const uint32_t bytes = pack_bytes(quantize_one(v.x, inverse), quantize_one(v.y, inverse), quantize_one(v.z, inverse),
+                                    quantize_one(v.w, inverse));
+  int sum = gpu::dot4(static_cast<int>(bytes), 0x01010101, 0);
   for (int m = 4; m > 0; m >>= 1) sum += gpu::shuffle_xor(sum, m);
-  if (!write) return;
-  const int l = gpu::lane() & 7;
-  reinterpret_cast<uint32_t*>(q)[l] = pack_bytes(a, b, c, d);
-  if (l == 0) *scale = {largest / 127.0f, sum};
+  if (write) reinterpret_cast<uint32_t*>(q)[gpu::lane() & 7] = bytes;
+  return {largest / 127.0f, sum};
 }
 
 // The same with one value a lane: a wave makes a group. Its scale, the lane's number in *q.
 __device__ inline GroupScale quantize_lane(float v, int* q) {
   const float largest = gpu::wave_max(fabsf(v));
-  *q = quantize_one(v, largest > 0.0f ? 127.0f / largest : 0.0f);
+  *q = quantize_one(v, steps_per_unit(largest));
   return {largest / 127.0f, gpu::wave_sum(*q)};
 }
 

@@ -32,8 +32,9 @@ __device__ inline float4 store_kv_quad(const KvLayer& kv, void* base, int head, 
   for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
   const uint16_t half = gpu::float_to_half(largest / 127.0f);
   const float d = gpu::half_to_float(half), inverse = d > 0.0f ? 1.0f / d : 0.0f;
-  const int x = quantize_one(v.x, inverse), y = quantize_one(v.y, inverse), z = quantize_one(v.z, inverse),
-            w = quantize_one(v.w, inverse);
+  // The scale is rounded to f16, so values may lie beyond 127 of it.
+  auto quantised = [&](float e) { return quantize_one(fminf(fmaxf(e * inverse, -127.0f), 127.0f), 1.0f); };
+  const int x = quantised(v.x), y = quantised(v.y), z = quantised(v.z), w = quantised(v.w);
   if (inside) {
     const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
     int8_t* q = static_cast<int8_t*>(base) + head * head_bytes;
@@ -45,11 +46,11 @@ __device__ inline float4 store_kv_quad(const KvLayer& kv, void* base, int head, 
                      static_cast<float>(w) * d);
 }
 
-// cos and sin of pair i's angle, scaled.
-__device__ inline float2 rotation(const QkvPost& p, int i, float position) {
+// cos and sin of an angle, scaled.
+__device__ inline float2 rotation(float angle, float scale) {
   float sine, cosine;
-  sincosf(position * p.inv_freq[i], &sine, &cosine);
-  return make_float2(cosine * p.rope_scale, sine * p.rope_scale);
+  sincosf(angle, &sine, &cosine);
+  return make_float2(cosine * scale, sine * scale);
 }
 
 // Four elements at once: i a multiple of 4, n_rot a power of two, v the elements i .. i + 3, other the ones half a
