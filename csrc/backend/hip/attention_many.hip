@@ -414,17 +414,10 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
     inverse[r] = 1.0f / gpu::flash_reduce(sum[r], [](float a, float b) { return a + b; });
   }
 #pragma unroll
-  for (int d = 0; d < kHeadDim / 16; ++d) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int r = gpu::flash_row(i), query = mine + gpu::flash_query(r);
-      if (query > last) continue;
-      const int64_t at = head_of(query) * kHeadDim;
-      const int dim = d * 16 + gpu::flash_other(i);
-      const float v = o[d][i] * inverse[r];
-      p.out[at + dim] = v;
-      p.half[at + (dim & ~31) + gpu::half_slot(dim & 31)] = static_cast<uint16_t>(gpu::F16::pack(v, v));
-    }
+  for (int r = 0; r < gpu::kFlashRows; ++r) {
+    const int query = mine + gpu::flash_query(r);
+    const int64_t at = head_of(min(query, last)) * kHeadDim;
+    gpu::flash_write(o, r, inverse[r], query <= last, p.out + at, p.half + at);
   }
 }
 
