@@ -223,7 +223,7 @@ void test_attention(Backend& b, std::mt19937& rng) {
       {12, 2, 128, 64, QkNorm::whole, true, 0},     {4, 2, 128, 64, QkNorm::whole, true, 0},
       {4, 4, 128, 128, QkNorm::per_head, false, 0}, {2, 1, 128, 128, QkNorm::per_head, false, 100},
       {6, 1, 64, 64, QkNorm::per_head, true, 300},  {3, 3, 32, 16, QkNorm::whole, true, 0},
-      {5, 1, 256, 64, QkNorm::per_head, true, 0}};
+      {5, 1, 256, 64, QkNorm::per_head, true, 0},   {16, 8, 128, 64, QkNorm::whole, true, 0}};
   const int n_ctx = 1024, total = 800;
   const DType types[] = {DType::F32, DType::F16, DType::Q8_0};
   double worst[3] = {0.0, 0.0, 0.0};

@@ -1,6 +1,6 @@
-// Attention for more than 16 rows on matrix instructions: a block takes 64 queries of one KV head (row after row, the
-// heads of a row that share it) and walks the keys in tiles at fixed positions, all its waves sharing the tile in
-// shared memory; a running maximum and sum per query. A row's result does not depend on the rows beside it: tiles it
+// Attention for more than 16 rows on matrix instructions: a block takes 16 queries a wave of one KV head (row after
+// row, the heads of a row that share it) and walks the keys in tiles at fixed positions, all its waves sharing the tile
+// in shared memory; a running maximum and sum per query. A row's result does not depend on the rows beside it: tiles it
 // does not see leave its sums as they are.
 
 #include <type_traits>
@@ -13,9 +13,9 @@ namespace dflash::hip {
 
 namespace {
 
-constexpr int kFlashWaves = 4;
-constexpr int kFlashThreads = kFlashWaves * gpu::kWave;
-constexpr int kFlashQueries = kFlashWaves * 16;
+// Waves of a block: few where many would leave multiprocessors idle. On NVIDIA many share a tile, because the rate at
+// which tiles come from the L2 cache bounds the kernel.
+constexpr int kFewWaves = 4, kManyWaves = gpu::kFlashWaves;
 constexpr int kFlashKeys = gpu::kFlashKeys;
 
 // Whether Hopper's instructions of four waves serve heads of 32 * dims.
@@ -66,18 +66,18 @@ struct OctetReader {
   }
 };
 
-// Pieces of 16 bytes a key has, and a dimension's keys of a tile; keys a block loads at once.
+// Pieces of 16 bytes a key takes, and a dimension's keys of a tile; keys a block loads at once.
 template <int HeadDim>
 constexpr int kOctets = HeadDim / 8;
 constexpr int kKeyPieces = kFlashKeys / 8;
-template <int HeadDim>
-constexpr int kKeysAtOnce = kFlashThreads / kOctets<HeadDim>;
+template <int HeadDim, int Waves>
+constexpr int kRowsAtOnce = Waves * gpu::kWave / kOctets<HeadDim>;
 
 // Keys and values of a tile in shared memory, and the two products with them.
 //
 // For instructions of one wave: keys as [key][octet of dims, turned], values transposed, [dim][octet of keys in
 // flash_key() order, turned].
-template <DType T, int HeadDim>
+template <DType T, int HeadDim, int Waves>
 class TurnedTile {
  public:
   static constexpr int kBytes = 2 * kFlashKeys * HeadDim * 2;
@@ -135,7 +135,7 @@ class TurnedTile {
   }
 
   // o += the weights times the values.
-  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int, int) {
+  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8]) {
 #pragma unroll
     for (int j = 0; j < kFlashKeys / 32; ++j) {
       const gpu::FlashWords w[2] = {gpu::flash_weights(s[2 * j]), gpu::flash_weights(s[2 * j + 1])};
@@ -170,17 +170,18 @@ class TurnedTile {
 
   __device__ inline void load(int key0, int end) {
     auto safe = [&](int key) { return min(key0 + key, end - 1); };
-    __syncthreads();                                // the tile before has been read
-    constexpr int kKeyRows = kKeysAtOnce<HeadDim>;  // keys the block loads at once
-    constexpr int kKeyBatch = kFlashKeys / kKeyRows < 4 ? kFlashKeys / kKeyRows : 4;
+    __syncthreads();  // the tile before has been read
+    constexpr int kKeyRows = kRowsAtOnce<HeadDim, Waves>;
+    constexpr int kKeyLoads = (kFlashKeys + kKeyRows - 1) / kKeyRows, kKeyBatch = kKeyLoads < 4 ? kKeyLoads : 4;
 #pragma unroll
-    for (int i0 = 0; i0 < kFlashKeys / kKeyRows; i0 += kKeyBatch) {
+    for (int i0 = 0; i0 < kKeyLoads; i0 += kKeyBatch) {
       uint4 v[kKeyBatch];
 #pragma unroll
       for (int i = 0; i < kKeyBatch; ++i) v[i] = key_reader_.load(safe((i0 + i) * kKeyRows + row_));
 #pragma unroll
       for (int i = 0; i < kKeyBatch; ++i) {
         const int key = (i0 + i) * kKeyRows + row_;
+        if (kFlashKeys % kKeyRows != 0 && key >= kFlashKeys) break;
         *reinterpret_cast<uint4*>(keys_ + (key * kOctets<HeadDim> + gpu::flash_piece(octet_, key, kOctets<HeadDim>)) *
                                               16) = v[i];
       }
@@ -188,7 +189,7 @@ class TurnedTile {
 #pragma unroll
     for (int i0 = 0; i0 < kFlashKeys / 2; i0 += kKeyRows) {  // a thread transposes 8 dimensions of two keys
       const int place = (i0 + row_) * 2;
-      if (kKeyRows > kFlashKeys / 2 && place >= kFlashKeys) break;
+      if (kFlashKeys / 2 % kKeyRows != 0 && place >= kFlashKeys) break;
       const int key = place / 32 * 32;
       const uint4 a = value_reader_.load(safe(key + gpu::flash_key(place % 32)));
       const uint4 b = value_reader_.load(safe(key + gpu::flash_key(place % 32 + 1)));
@@ -208,12 +209,14 @@ class TurnedTile {
   uint8_t *keys_, *values_;
 };
 
-// For instructions of the whole block (Hopper, head_dim 64 and 128): two tiles in shared memory, one copied while the
-// other is worked on.
-template <DType T, int HeadDim>
+// For instructions of four waves (Hopper, head_dim 64 and 128): a ring of tiles in shared memory, so that the waves
+// that multiply together need not be at the same tile as the others of the block: some multiply while others take
+// exponents.
+template <DType T, int HeadDim, int Waves>
 class WideTile {
  public:
-  static constexpr int kSide = kFlashKeys * HeadDim * 2, kBytes = 4 * kSide;
+  static constexpr int kSide = kFlashKeys * HeadDim * 2, kTiles = Waves == kFewWaves ? 3 : 4;
+  static constexpr int kBytes = kTiles * 2 * kSide + 2 * kTiles * 8;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __device__ inline WideTile(const KvLayer& kv, int kv_head, uint8_t* memory)
@@ -221,94 +224,114 @@ class WideTile {
         row_(static_cast<int>(threadIdx.x) / kOctets<HeadDim>),
         key_reader_(kv, kv.k, kv_head, octet_ * 8),
         value_reader_(kv, kv.v, kv_head, octet_ * 8),
-        now_(memory),
-        other_(memory + 2 * kSide) {}
+        memory_(memory),
+        full_(reinterpret_cast<uint64_t*>(memory + kTiles * 2 * kSide)),
+        empty_(full_ + kTiles) {}
 
   template <typename Pair>
   static __device__ inline gpu::FlashOperand queries(int d, Pair pair) {
     return {{gpu::flash_wide_queries(d * 32, pair), gpu::flash_wide_queries(d * 32 + 16, pair)}};
   }
 
-  __device__ inline void begin(int key0, int end) { copy(other_, key0, end); }
+  __device__ inline void begin(int key0, int end) {
+    if (threadIdx.x < kTiles) {
+      gpu::barrier_init(full_ + threadIdx.x, Waves * gpu::kWave);
+      gpu::barrier_init(empty_ + threadIdx.x, Waves);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTiles - 2; ++i) copy(key0 + i * kFlashKeys, end);
+  }
 
   template <int Dims>
   __device__ inline void scores(gpu::FlashOperand (&q)[Dims], float (&s)[kFlashKeys / 16][8], int key0, int end) {
-    // The fence waits for a thread's copies, so it comes while none are under way.
-    gpu::copy_wait<0>();
+    gpu::barrier_wait(full_ + now_.tile, now_.parity);
+    // The fence waits for a thread's copies: those of the tile before had all of that tile's time.
     gpu::products_see_copies();
-    __syncthreads();  // the tile is there, and the one before has been read
-    uint8_t* before = now_;
-    now_ = other_;
-    other_ = before;
-    copy(other_, key0 + kFlashKeys, end);
+    copy(key0 + (kTiles - 2) * kFlashKeys, end);  // over the tile two before
 #pragma unroll
     for (int j = 0; j < kFlashKeys / 16; ++j) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) s[j][i] = 0.0f;
     }
-    gpu::flash_wide_scores(s, q, now_);
+    gpu::flash_wide_scores(s, q, memory_ + now_.tile * 2 * kSide);
   }
 
-  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8], int, int) {
+  __device__ inline void add_values(const float (&s)[kFlashKeys / 16][8], float (&o)[HeadDim / 16][8]) {
     gpu::FlashWords w[kFlashKeys / 16];
 #pragma unroll
     for (int j = 0; j < kFlashKeys / 16; ++j) w[j] = gpu::flash_weights(s[j]);
-    gpu::flash_wide_values<HeadDim>(o, w, now_ + kSide);
+    gpu::flash_wide_values<HeadDim>(o, w, memory_ + now_.tile * 2 * kSide + kSide);
+    gpu::barrier_arrive(empty_ + now_.tile);
+    now_.next();
   }
 
  private:
-  // Keys and values of the tile from key0 on; past the last key that one again.
-  __device__ inline void copy(uint8_t* to, int key0, int end) {
-    if (key0 < end) {
-      copy_side(key_reader_, to, key0, end);
-      copy_side(value_reader_, to + kSide, key0, end);
+  struct Place {
+    int tile = 0;
+    uint32_t parity = 0;
+    __device__ inline void next() {
+      if (++tile == kTiles) {
+        tile = 0;
+        parity ^= 1;
+      }
     }
-    gpu::copy_commit();
+  };
+
+  // Keys and values of the tile from key0 on; past the last key that one again.
+  __device__ inline void copy(int key0, int end) {
+    if (key0 >= end) return;
+    gpu::barrier_wait(empty_ + next_.tile, next_.parity ^ 1);
+    uint8_t* to = memory_ + next_.tile * 2 * kSide;
+    copy_side(key_reader_, to, key0, end);
+    copy_side(value_reader_, to + kSide, key0, end);
+    if constexpr (T == DType::F16) {
+      gpu::barrier_arrive_copied(full_ + next_.tile);
+    } else {
+      gpu::products_see_copies();
+      gpu::barrier_arrive_thread(full_ + next_.tile);
+    }
+    next_.next();
   }
 
   __device__ inline void copy_side(const OctetReader<T, HeadDim>& reader, uint8_t* to, int key0, int end) {
-    constexpr int kKeyRows = kKeysAtOnce<HeadDim>, kRows = kFlashKeys / kKeyRows;
+    constexpr int kKeyRows = kRowsAtOnce<HeadDim, Waves>, kLoads = (kFlashKeys + kKeyRows - 1) / kKeyRows;
     static_assert(kKeyRows % 8 == 0);
     uint8_t* at = to + gpu::flash_wide_at(octet_, row_);
-    if constexpr (T == DType::F16) {
-      if (key0 + kFlashKeys <= end) {
-        const uint8_t* from = reader.at(key0 + row_);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          gpu::copy_begin<16>(at + i * kKeyRows * gpu::kHalfTurn, from + i * kKeyRows * HeadDim * 2);
-        }
+    for (int i = 0; i < kLoads; ++i) {
+      const int key = row_ + i * kKeyRows;
+      if (kFlashKeys % kKeyRows != 0 && key >= kFlashKeys) break;
+      uint8_t* piece = at + i * kKeyRows * gpu::kHalfTurn;
+      if constexpr (T == DType::F16) {
+        gpu::copy_begin<16>(piece, reader.at(min(key0 + key, end - 1)));
       } else {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          gpu::copy_begin<16>(at + i * kKeyRows * gpu::kHalfTurn, reader.at(min(key0 + row_ + i * kKeyRows, end - 1)));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        *reinterpret_cast<uint4*>(at + i * kKeyRows * gpu::kHalfTurn) =
-            reader.load(min(key0 + row_ + i * kKeyRows, end - 1));
+        *reinterpret_cast<uint4*>(piece) = reader.load(min(key0 + key, end - 1));
       }
     }
   }
 
   int octet_, row_;
   OctetReader<T, HeadDim> key_reader_, value_reader_;
-  uint8_t *now_, *other_;
+  uint8_t* memory_;
+  uint64_t *full_, *empty_;
+  Place now_, next_;  // worked on; copied next
 #endif
 };
 
 // grid (n_head_kv, query blocks, the last first: they have the most keys); Dims: head_dim / 32
-template <DType T, int Dims>
-__global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_many_kernel(FlashArgs p) {
-  constexpr int kHeadDim = Dims * 32;
-  using Tile = std::conditional_t<gpu::kFlashWide && wide(Dims), WideTile<T, kHeadDim>, TurnedTile<T, kHeadDim>>;
+template <DType T, int Dims, int Waves>
+__global__ void __launch_bounds__(Waves* gpu::kWave, Waves == kFewWaves ? gpu::kFlashBlocks : 1)
+    attention_many_kernel(FlashArgs p) {
+  constexpr int kHeadDim = Dims * 32, kQueries = Waves * 16;
+  using Tile =
+      std::conditional_t<gpu::kFlashWide && wide(Dims), WideTile<T, kHeadDim, Waves>, TurnedTile<T, kHeadDim, Waves>>;
   DFLASH_STAGES(memory, Tile::kBytes);
   gpu::wait_for_previous();
   const int group = p.a.n_head / p.a.n_head_kv, n_queries = p.rows * group;
   const int kv_head = static_cast<int>(blockIdx.x);
-  const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kFlashQueries;
-  const int last = min(first + kFlashQueries, n_queries) - 1;
+  const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int last = min(first + kQueries, n_queries) - 1;
   const int pos0 = p.pos0.get();
   const float to_log2 = p.a.scale * 1.44269504f;
   auto first_key = [&](int query) {
@@ -405,7 +428,7 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
         for (int i = 0; i < 8; ++i) o[d][i] *= keep[gpu::flash_row(i)];
       }
     }
-    tile.add_values(s, o, key0, end);
+    tile.add_values(s, o);
   }
 
   float inverse[gpu::kFlashRows];
@@ -414,29 +437,31 @@ __global__ void __launch_bounds__(kFlashThreads, gpu::kFlashBlocks) attention_ma
     inverse[r] = 1.0f / gpu::flash_reduce(sum[r], [](float a, float b) { return a + b; });
   }
 #pragma unroll
-  for (int d = 0; d < kHeadDim / 16; ++d) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int r = gpu::flash_row(i), query = mine + gpu::flash_query(r);
-      if (query > last) continue;
-      const int64_t at = head_of(query) * kHeadDim;
-      const int dim = d * 16 + gpu::flash_other(i);
-      const float v = o[d][i] * inverse[r];
-      p.out[at + dim] = v;
-      p.half[at + (dim & ~31) + gpu::half_slot(dim & 31)] = static_cast<uint16_t>(gpu::F16::pack(v, v));
-    }
+  for (int r = 0; r < gpu::kFlashRows; ++r) {
+    const int query = mine + gpu::flash_query(r);
+    const int64_t at = head_of(min(query, last)) * kHeadDim;
+    gpu::flash_write(o, r, inverse[r], query <= last, p.out + at, p.half + at);
   }
 }
 
 template <DType T>
 void attention_many(gpu::Stream s, const FlashArgs& args) {
   const int n_queries = args.rows * (args.a.n_head / args.a.n_head_kv);
-  const dim3 grid(static_cast<unsigned>(args.a.n_head_kv),
-                  static_cast<unsigned>((n_queries + kFlashQueries - 1) / kFlashQueries));
+  auto launch_waves = [&](auto dims, auto waves) {
+    constexpr int kDims = decltype(dims)::value, kWaves = decltype(waves)::value, kQueries = kWaves * 16;
+    constexpr int kBytes =
+        wide(kDims) ? WideTile<T, kDims * 32, kWaves>::kBytes : TurnedTile<T, kDims * 32, kWaves>::kBytes;
+    const dim3 grid(static_cast<unsigned>(args.a.n_head_kv),
+                    static_cast<unsigned>((n_queries + kQueries - 1) / kQueries));
+    gpu::launch_stages(s, grid, kWaves * gpu::kWave, kBytes, attention_many_kernel<T, kDims, kWaves>, args);
+  };
   auto launch = [&](auto dims) {
-    constexpr int kDims = decltype(dims)::value;
-    constexpr int kWide = WideTile<T, kDims * 32>::kBytes, kTurned = TurnedTile<T, kDims * 32>::kBytes;
-    gpu::launch_stages(s, grid, kFlashThreads, wide(kDims) ? kWide : kTurned, attention_many_kernel<T, kDims>, args);
+    const int blocks = args.a.n_head_kv * ((n_queries + kManyWaves * 16 - 1) / (kManyWaves * 16));
+    if (kManyWaves == kFewWaves || 2 * blocks < gpu::compute_units()) {
+      launch_waves(dims, std::integral_constant<int, kFewWaves>{});
+    } else {
+      launch_waves(dims, std::integral_constant<int, kManyWaves>{});
+    }
   };
   if (args.a.head_dim == 128) {
     launch(std::integral_constant<int, 4>{});

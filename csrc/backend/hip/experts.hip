@@ -101,7 +101,7 @@ Routing Experts::routing(int rows, int top_k, int n_expert) {
 void Experts::many(const Weight& gate, const Weight& up, const Weight& down, const Routing& r, HalfRows h, float* x) {
   const int64_t pairs = static_cast<int64_t>(r.rows) * r.top_k;
   const HalfRows act = work_.half_rows(Scratch::kActQuant, pairs, gate.n_out, false);
-  float* y = work_.floats(Scratch::kPairOut, pairs, down.n_out);
+  const PairRows y = work_.pair_rows(Scratch::kPairOut, pairs, down.n_out);
   launch_gate_up_many(stream_, gate.type, tiled(gate), tiled(up), h, r, act);
   launch_down_many(stream_, down.type, tiled(down), act, r, y, x);
 }

@@ -163,6 +163,59 @@ __device__ inline void flash_mma(float (&c)[8], const FlashWords& q, const Flash
 #endif
 }
 
+// Row r of the lane's results times `scale` to out, and as f16 in the order half_slot() to half; all lanes of a row
+// write or none does.
+template <int Sixteens>
+__device__ inline void flash_write(const float (&o)[Sixteens][8], int r, float scale, bool write, float* out,
+                                   uint16_t* half) {
+#if defined(DFLASH_GPU_HIP)
+  if (!write) return;
+  for (int d = 0; d < Sixteens; ++d) {
+    for (int i = 0; i < 8; ++i) {
+      const int dim = d * 16 + flash_other(i);
+      const float v = o[d][i] * scale;
+      out[dim] = v;
+      half[(dim & ~31) + half_slot(dim & 31)] = static_cast<uint16_t>(F16::pack(v, v));
+    }
+  }
+  (void)r;
+#else
+  // Of a group of 32 a lane has two neighbours of each octet. The group's f16 are four pieces of 16 bytes, one for each
+  // of the row's four lanes; a lane has two values of each, which the lanes exchange.
+  const bool odd = (lane() & 1) != 0, upper = (lane() & 2) != 0;
+#pragma unroll
+  for (int g = 0; g < Sixteens / 2; ++g) {
+    uint32_t piece[4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = o[2 * g + h][(i >> 1) * 4 + r * 2 + (i & 1)] * scale;
+      piece[2 * h] = F16::pack(v[0], v[2]);
+      piece[2 * h + 1] = F16::pack(v[1], v[3]);
+      if (write) {
+        float2* to = reinterpret_cast<float2*>(out + g * 32 + h * 16) + (lane() & 3);
+        to[0] = make_float2(v[0], v[1]);
+        to[4] = make_float2(v[2], v[3]);
+      }
+    }
+    uint32_t low[2], high[2];  // of pieces odd and 2 + odd, from an even lane and the odd one beside it
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t own = odd ? piece[2 * h + 1] : piece[2 * h];
+      const uint32_t other = shuffle_xor(odd ? piece[2 * h] : piece[2 * h + 1], 1);
+      low[h] = __byte_perm(odd ? other : own, odd ? own : other, 0x5410);
+      high[h] = __byte_perm(odd ? other : own, odd ? own : other, 0x7632);
+    }
+    const uint32_t other_low = shuffle_xor(upper ? low[0] : low[1], 2);
+    const uint32_t other_high = shuffle_xor(upper ? high[0] : high[1], 2);
+    const uint4 whole =
+        upper ? make_uint4(other_low, low[1], other_high, high[1]) : make_uint4(low[0], other_low, high[0], other_high);
+    if (write) *reinterpret_cast<uint4*>(half + g * 32 + (lane() & 3) * 8) = whole;
+  }
+#endif
+}
+
 // ---- the two products on wgmma (Hopper): a block's four waves together, their keys and values as [half of 64
 // dimensions][key][8 turned pieces of 16 bytes] in shared memory aligned to 1024 bytes, queries and weights in
 // registers

@@ -27,7 +27,8 @@ inline constexpr int kHalfRuns = 4;       // runs of 16 weight rows of such a wa
 inline constexpr int kHalfProducers = 0;  // waves of a block that only copy
 inline constexpr int kHalfPass = 16;      // tokens whose results leave a wave at a time
 inline constexpr int kHalfPad = 1;        // floats between their rows in shared memory
-inline constexpr int kFlashBlocks = 1;    // __launch_bounds__' second number
+inline constexpr int kFlashWaves = 4;     // waves of a block of attention, at most
+inline constexpr int kFlashBlocks = 1;    // __launch_bounds__' second number where it has four
 inline constexpr int kFlashKeys = 32;     // keys of a tile
 inline constexpr int kFlashPair = 1;      // runs of 16 keys, or of 16 dimensions, taken together
 #else
@@ -38,6 +39,7 @@ inline constexpr int kHalfRuns = 2;
 inline constexpr int kHalfProducers = 4;
 inline constexpr int kHalfPass = 32;
 inline constexpr int kHalfPad = 4;
+inline constexpr int kFlashWaves = 12;
 inline constexpr int kFlashBlocks = 3;
 inline constexpr int kFlashKeys = 64;
 inline constexpr int kFlashPair = 2;
@@ -90,6 +92,11 @@ __device__ inline void barrier_arrive(uint64_t* b) {
   if (lane() == 0) {
     asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
   }
+}
+
+// By a thread for itself.
+__device__ inline void barrier_arrive_thread(uint64_t* b) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
 }
 
 // By every thread that copies: arrives when the copies it has begun are there. (Waiting for them, and the fence that

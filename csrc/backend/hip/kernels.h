@@ -119,6 +119,14 @@ void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, c
                           float* act);
 void launch_float_down(gpu::Stream s, const Weight& down, const float* act, const Routing& r, float* y, float* x);
 void launch_add_experts(gpu::Stream s, const Routing& r, const float* y, int64_t n, float* x);
+// Outputs of pairs [pairs, n] in half the bytes of f32: 16-bit integers (+ 32768) times a scale for each 32 of them,
+// which err by NMSE 1e-9 and hold any size, unlike f16. n a multiple of 32
+struct PairRows {
+  uint16_t* v = nullptr;
+  float* scale = nullptr;  // [pairs, n / 32]
+  int64_t n = 0;
+};
+void launch_add_experts(gpu::Stream s, const Routing& r, const PairRows& y, int64_t n, float* x);
 
 // ---- matmul_many.hip, moe_many.hip, attention_many.hip: more than kFewRows rows
 // Rows of 16-bit floats [rows, n], the groups of 32 in the order gpu::half_slot(): f16 where a norm or attention bounds
@@ -137,8 +145,8 @@ inline constexpr int kRouterParts = 4;
 void launch_route_many(gpu::Stream s, const Moe& m, const float* x, float* h, HalfRows hh, float* logits, Routing r);
 void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, HalfRows x,
                          const Routing& r, HalfRows act);
-void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRows act, const Routing& r, float* y,
-                      float* x);
+void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRows act, const Routing& r,
+                      const PairRows& y, float* x);
 // Whether attention_many.hip serves these rows: more than kFewRows over an f16 or q8_0 cache, head_dim 32, 64 or 128.
 bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv);
 // out [rows, n_head * head_dim] and the same as 16-bit rows. half_q: q as launch_qkv_post leaves it so.

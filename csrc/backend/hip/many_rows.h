@@ -141,6 +141,18 @@ __device__ inline void each_pass(int tokens, Put put, Take take) {
   }
 }
 
+// Runs m and m + 1, whose rows lie side by side, of the tokens of a pass: take(first token) finds them in out.
+template <typename Sums, typename Take>
+__device__ inline void each_pass_of_tile(const Sums& sums, int m, int tokens, float* out, Take take) {
+  each_pass<Sums::kBlocks>(
+      tokens,
+      [&](int token, int row, int block, int i) {
+        out[token * kOutRow + row] = sums.at(m, block, i);
+        out[token * kOutRow + 16 + row] = sums.at(m + 1, block, i);
+      },
+      take);
+}
+
 // y[row_of(token)][tile * 32 ...] (+)= the sums of a job whose runs are in order, the first of them of weight tile
 // `first_tile`.
 template <typename Sums, typename RowOf>
@@ -150,29 +162,62 @@ __device__ inline void write_rows(const Sums& sums, int first_tile, int tokens, 
 #pragma unroll
   for (int m = 0; m < kRuns; m += 2) {
     const int64_t n = static_cast<int64_t>(first_tile + (gpu::wave() * kRuns + m) / 2) * kTile + gpu::lane();
-    each_pass<Sums::kBlocks>(
-        tokens,
-        [&](int token, int row, int block, int i) {
-          out[token * kOutRow + row] = sums.at(m, block, i);
-          out[token * kOutRow + 16 + row] = sums.at(m + 1, block, i);
-        },
-        [&](int first) {
-          const int count = n < n_out ? min(kPassTokens, tokens - first) : 0;
+    each_pass_of_tile(sums, m, tokens, out, [&](int first) {
+      const int count = n < n_out ? min(kPassTokens, tokens - first) : 0;
 #pragma unroll 1
-          for (int t0 = 0; t0 < count; t0 += kAtOnce) {
-            float* to[kAtOnce];
-            float old[kAtOnce];
+      for (int t0 = 0; t0 < count; t0 += kAtOnce) {
+        float* to[kAtOnce];
+        float old[kAtOnce];
 #pragma unroll
-            for (int t = 0; t < kAtOnce; ++t) {
-              to[t] = y + row_of(min(first + t0 + t, tokens - 1)) * n_out + n;
-              old[t] = add ? *to[t] : 0.0f;
-            }
+        for (int t = 0; t < kAtOnce; ++t) {
+          to[t] = y + row_of(min(first + t0 + t, tokens - 1)) * n_out + n;
+          old[t] = add ? *to[t] : 0.0f;
+        }
 #pragma unroll
-            for (int t = 0; t < kAtOnce; ++t) {
-              if (t0 + t < count) *to[t] = old[t] + out[(t0 + t) * kOutRow + gpu::lane()];
-            }
-          }
-        });
+        for (int t = 0; t < kAtOnce; ++t) {
+          if (t0 + t < count) *to[t] = old[t] + out[(t0 + t) * kOutRow + gpu::lane()];
+        }
+      }
+    });
+  }
+}
+
+// The same as PairRows: four lanes a token, eight outputs each. What is no number makes the whole group no number.
+template <typename Sums, typename RowOf>
+__device__ inline void write_pair_rows(const Sums& sums, int first_tile, int tokens, RowOf row_of, const PairRows& y,
+                                       float* out) {
+  constexpr int kLanes = 4, kEach = kTile / kLanes;
+  const int part = gpu::lane() % kLanes;
+#pragma unroll
+  for (int m = 0; m < kRuns; m += 2) {
+    const int64_t tile = first_tile + (gpu::wave() * kRuns + m) / 2;
+    each_pass_of_tile(sums, m, tokens, out, [&](int first) {
+#pragma unroll 1
+      for (int t0 = 0; t0 < min(kPassTokens, tokens - first); t0 += gpu::kWave / kLanes) {
+        const int token = t0 + gpu::lane() / kLanes;
+        float v[kEach];
+        uint32_t largest = 0;  // the order of magnitudes is that of their bits
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          v[i] = out[min(token, kPassTokens - 1) * kOutRow + part * kEach + i];
+          largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+        }
+        largest = max(largest, gpu::shuffle_xor(largest, 1));
+        largest = max(largest, gpu::shuffle_xor(largest, 2));
+        const float top = __uint_as_float(largest), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+        uint32_t words[kEach / 2];
+#pragma unroll
+        for (int i = 0; i < kEach; i += 2) {  // rounded in the mantissa of 2^23
+          words[i / 2] = __byte_perm(__float_as_uint(fmaf(v[i], inverse, 8421376.0f)),
+                                     __float_as_uint(fmaf(v[i + 1], inverse, 8421376.0f)), 0x5410);
+        }
+        if (first + token >= tokens || tile * kTile >= y.n) continue;
+        const int64_t row = row_of(first + token);
+        *reinterpret_cast<uint4*>(y.v + row * y.n + tile * kTile + part * kEach) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+        if (part == 0) y.scale[row * (y.n / kTile) + tile] = top * (1.0f / 32767.0f);
+      }
+    });
   }
 }
 

@@ -200,28 +200,55 @@ __global__ void __launch_bounds__(kThreads) dense_routing_kernel(Routing r) {
   if (threadIdx.x == 0) *r.n_items = n;
 }
 
-// x[row] += its experts, V elements a thread. Grid (columns / (V threads), rows).
 template <int V>
-__global__ void __launch_bounds__(kThreads)
-    add_experts_kernel(Routing r, const float* __restrict__ y, int64_t n_embd, float* x) {
-  struct alignas(V * sizeof(float)) Vector {
-    float e[V];
-  };
+struct alignas(V * sizeof(float)) Vector {
+  float e[V];
+};
+
+// V outputs of a pair from column n on.
+template <int V>
+struct FloatReader {
+  static constexpr int kColumns = V;
+  const float* y;
+  int64_t n_embd;
+
+  __device__ inline Vector<V> load(int64_t pair, int64_t n) const {
+    return *reinterpret_cast<const Vector<V>*>(y + pair * n_embd + n);
+  }
+};
+struct PairReader {
+  static constexpr int kColumns = 4;
+  PairRows y;
+
+  __device__ inline Vector<4> load(int64_t pair, int64_t n) const {
+    const uint2 v = *reinterpret_cast<const uint2*>(y.v + pair * y.n + n);
+    const float scale = y.scale[pair * (y.n / kTile) + n / kTile];
+    auto value = [&](uint32_t word, uint32_t bytes) {  // in the mantissa of 2^23
+      return (__uint_as_float(__byte_perm(word, 0x4b000000u, bytes)) - 8421376.0f) * scale;
+    };
+    return {{value(v.x, 0x7410), value(v.x, 0x7432), value(v.y, 0x7410), value(v.y, 0x7432)}};
+  }
+};
+
+// x[row] += its experts, some columns a thread. Grid (columns / (columns a thread * threads), rows).
+template <typename Reader>
+__global__ void __launch_bounds__(kThreads) add_experts_kernel(Routing r, Reader y, int64_t n_embd, float* x) {
+  constexpr int V = Reader::kColumns;
   gpu::wait_for_previous();
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
   const int64_t row = blockIdx.y;
   if (n >= n_embd) return;
-  Vector sum = {};
+  Vector<V> sum = {};
 #pragma unroll 8
   for (int slot = 0; slot < r.top_k; ++slot) {
     const int64_t pair = row * r.top_k + slot;
     const float weight = r.weights[pair];
-    const Vector v = *reinterpret_cast<const Vector*>(y + pair * n_embd + n);
+    const Vector<V> v = y.load(pair, n);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum.e[i] = fmaf(weight, v.e[i], sum.e[i]);
   }
-  Vector& to = *reinterpret_cast<Vector*>(x + row * n_embd + n);
-  Vector all = to;
+  Vector<V>& to = *reinterpret_cast<Vector<V>*>(x + row * n_embd + n);
+  Vector<V> all = to;
 #pragma unroll
   for (int i = 0; i < V; ++i) all.e[i] += sum.e[i];
   to = all;
@@ -272,10 +299,22 @@ bool route_needs_hidden(const Moe& m, int rows) {
 
 void launch_route_dense(gpu::Stream s, Routing r) { gpu::launch(s, dim3(1), kThreads, dense_routing_kernel, r); }
 
+template <typename Reader>
+static void add_experts(gpu::Stream s, const Routing& r, const Reader& y, int64_t n, float* x) {
+  const int64_t columns = Reader::kColumns * kThreads;
+  gpu::launch(s, dim3(u((n + columns - 1) / columns), u(r.rows)), kThreads, add_experts_kernel<Reader>, r, y, n, x);
+}
+
 void launch_add_experts(gpu::Stream s, const Routing& r, const float* y, int64_t n, float* x) {
-  const int64_t v = n % 4 == 0 ? 4 : 1;
-  const dim3 grid(u((n / v + kThreads - 1) / kThreads), u(r.rows));
-  gpu::launch(s, grid, kThreads, v == 4 ? add_experts_kernel<4> : add_experts_kernel<1>, r, y, n, x);
+  if (n % 4 == 0) {
+    add_experts(s, r, FloatReader<4>{y, n}, n, x);
+  } else {
+    add_experts(s, r, FloatReader<1>{y, n}, n, x);
+  }
+}
+
+void launch_add_experts(gpu::Stream s, const Routing& r, const PairRows& y, int64_t n, float* x) {
+  add_experts(s, r, PairReader{y}, n, x);
 }
 
 }  // namespace dflash::hip

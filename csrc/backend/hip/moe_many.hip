@@ -210,7 +210,7 @@ struct GateUpJob : ExpertJob {
 template <typename F>
 struct DownJob : ExpertJob {
   TiledWeight down;
-  float* y;
+  PairRows y;
 
   __device__ inline TileView<F> tile(int slot) const {
     return {down, item.expert, min(block * kManyTiles + slot, down.tiles - 1)};
@@ -219,7 +219,7 @@ struct DownJob : ExpertJob {
   __device__ inline int half(int run) const { return half_in_order(run); }
   template <int Blocks>
   __device__ inline void finish(const ManySums<Blocks>& sums, float* out) const {
-    write_rows(sums, block * kManyTiles, tokens, [&](int token) { return row(token); }, down.n_out, y, false, out);
+    write_pair_rows(sums, block * kManyTiles, tokens, [&](int token) { return row(token); }, y, out);
   }
 };
 
@@ -280,8 +280,8 @@ void launch_gate_up_many(gpu::Stream s, DType type, const TiledWeight& gate, con
   });
 }
 
-void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRows act, const Routing& r, float* y,
-                      float* x) {
+void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRows act, const Routing& r,
+                      const PairRows& y, float* x) {
   with_format(type, [&](auto format) {
     using F = decltype(format);
     DownJob<F> job = {};

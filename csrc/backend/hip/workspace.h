@@ -56,6 +56,14 @@ class Workspace {
     return {get<uint16_t>(name, static_cast<size_t>(rows * n) * sizeof(uint16_t)), n, f16};
   }
 
+  // Outputs of pairs, n of each rounded up to whole tiles.
+  PairRows pair_rows(Scratch::Name name, int64_t pairs, int64_t n) {
+    n = (n + kTile - 1) / kTile * kTile;
+    const size_t v_bytes = static_cast<size_t>(pairs * n) * sizeof(uint16_t);
+    char* p = get<char>(name, v_bytes + static_cast<size_t>(pairs * (n / kTile)) * sizeof(float));
+    return {reinterpret_cast<uint16_t*>(p), reinterpret_cast<float*>(p + v_bytes), n};
+  }
+
  private:
   gpu::Stream stream_;
   std::function<void()> drop_recordings_;
