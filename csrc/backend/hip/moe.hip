@@ -1,6 +1,8 @@
 // The mixture of experts: the router's logits; for many rows the choice and the grouping of (row, slot) pairs by
 // expert, which for few rows is part of the experts' own kernels (experts_few.hip).
 
+#include <algorithm>
+
 #include "backend/hip/choose.h"
 #include "backend/hip/few_rows.h"
 #include "backend/hip/float_dot.h"
@@ -11,13 +13,14 @@ namespace dflash::hip {
 
 namespace {
 
-// Few rows: grid (n_expert / kRouteExperts). A wave has the same elements of its experts' router weights and of the
+// Few rows: grid (n_expert / kRouteExperts, some of the rows). A wave has the same elements of its experts' router weights and of the
 // rows, all in registers: products and sums of squares leave it together, and the factor 1 / rms comes last. The blocks
 // share the work of quantising the rows. Who reads the logits chooses.
 constexpr int kRouteExperts = 2;                        // of a block
 constexpr int kRouteQuads = 3;                          // float4 of a row a lane holds
 constexpr int kRouteEmbd = kRouteQuads * 4 * kThreads;  // largest n_embd
 constexpr int kRouteSums = kRouteExperts + 1;           // of a row: products, squares
+constexpr int kRouteRuns = 4;                           // of rows that blocks of their own take
 
 // Rows at a time.
 template <int Rows>
@@ -45,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   gpu::wait_for_previous();
-  for (int row0 = 0, buffer = 0; row0 < rows; row0 += Rows, buffer ^= 1) {
+  const int first = static_cast<int>(blockIdx.y) * Rows, step = static_cast<int>(gridDim.y) * Rows;
+  for (int row0 = first, buffer = 0; row0 < rows; row0 += step, buffer ^= 1) {
     float4 v[Rows][kRouteQuads];
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
@@ -270,12 +274,13 @@ void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, Mutable
   check_experts(m, r);
   const int n_expert = static_cast<int>(router.n_out);
   if (!route_needs_hidden(m, r.rows)) {
-    const dim3 grid(u((n_expert + kRouteExperts - 1) / kRouteExperts));
-    auto run = [&](auto kernel) {
+    auto run = [&](auto kernel, int at_a_time) {
+      const dim3 grid(u((n_expert + kRouteExperts - 1) / kRouteExperts),
+                      u(std::min((r.rows + at_a_time - 1) / at_a_time, kRouteRuns)));
       gpu::launch(s, grid, kThreads, kernel, static_cast<const float*>(router.data), x, m.norm, m.eps,
                   static_cast<int>(router.n_in), n_expert, r.rows, hq, logits);
     };
-    r.rows == 1 ? run(route_few_kernel<1>) : r.rows == 2 ? run(route_few_kernel<2>) : run(route_few_kernel<4>);
+    r.rows == 1 ? run(route_few_kernel<1>, 1) : run(route_few_kernel<2>, 2);
     return;
   }
   launch_norm_quantize(s, x, m.norm, m.eps, r.rows, router.n_in, h, hq);
