@@ -13,9 +13,9 @@ namespace dflash::hip {
 
 namespace {
 
-// Few rows: grid (n_expert / kRouteExperts, some of the rows). A wave has the same elements of its experts' router weights and of the
-// rows, all in registers: products and sums of squares leave it together, and the factor 1 / rms comes last. The blocks
-// share the work of quantising the rows. Who reads the logits chooses.
+// Few rows: grid (n_expert / kRouteExperts, some of the rows). A wave has the same elements of its experts' router
+// weights and of the rows, all in registers: products and sums of squares leave it together, and the factor 1 / rms
+// comes last. The blocks share the work of quantising the rows. Who reads the logits chooses.
 constexpr int kRouteExperts = 2;                        // of a block
 constexpr int kRouteQuads = 3;                          // float4 of a row a lane holds
 constexpr int kRouteEmbd = kRouteQuads * 4 * kThreads;  // largest n_embd
