@@ -39,10 +39,13 @@ void Experts::moe(const Moe& m, int rows, float* x) {
   c.rows = rows;
   c.top_k = m.top_k;
   c.distinct = distinct_;
-  if (experts_stream(rows, m.gate->type, m.down->type)) {
+  if (experts_one_launch(rows, m.gate->type, m.down->type)) {
     void* words = work_.zeroed(Scratch::kExpertWords, expert_words_bytes(rows * m.top_k, m.gate->n_out, n_embd));
-    return launch_experts_stream(stream_, m.gate->type, tiled(*m.gate), tiled(*m.up), tiled(*m.down),
-                                 work_.quant_rows(rows, n_embd), c, words, launch_, x);
+    const auto launch = rows == 1 ? launch_experts_team : launch_experts_stream;
+    if (launch(stream_, m.gate->type, tiled(*m.gate), tiled(*m.up), tiled(*m.down), work_.quant_rows(rows, n_embd), c,
+               words, launch_, x)) {
+      return;
+    }
   }
   const MutableQuantRows act = gate_up_few(*m.gate, *m.up, c);
   launch_down_few(stream_, m.down->type, tiled(*m.down), rows_of(act, m.down->n_in), c, x);

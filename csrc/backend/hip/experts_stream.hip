@@ -6,8 +6,9 @@
 
 #include <algorithm>
 
+#include "backend/hip/expert_words.h"
 #include "backend/hip/group_few.h"
-#include "backend/hip/quantize.h"
+#include "backend/hip/task_stream.h"
 
 namespace dflash::hip {
 
@@ -56,96 +57,29 @@ class Work {
   int light_block_, light_, late_first_;
 };
 
-struct ExpertTiles {
-  TiledWeight gate, up, down;
-};
-
-// A wave's weights, task after task: its segment of the gate and the up tile, or of the down tile.
-template <typename F, int Slots, typename Grouped>
-class TaskStream {
+// A wave's segment of the tasks' tiles, gate before up.
+template <typename F, typename Grouped>
+class Segments {
  public:
-  using Layout = Slot<F, 0>;
+  __device__ Segments(const ExpertTiles& w, const Grouped& g, const Work& work, Span in, Span ff)
+      : w_(w), g_(g), work_(work), in_(in), ff_(ff) {}
 
-  __device__ TaskStream(uint8_t* lds, const ExpertTiles& w, const Grouped& g, const Work& work, Span in, Span ff)
-      : lds_(lds), w_(w), g_(g), work_(work), in_(in), ff_(ff) {}
-
-  __device__ inline void start() {
-#pragma unroll
-    for (int s = 0; s < Slots; ++s) {
-      copy(lds_ + s * Layout::kBytes);
-      gpu::copy_commit();
-    }
-  }
-
-  // The groups that take() hands out: a tile's.
-  __device__ void expect(int groups) { groups_ = groups; }
-
-  // Calls use(quants, scales, first group within the segment, groups, slot) for the pieces of the next tile, in order.
-  template <typename Use>
-  __device__ inline void take(Use use) {
-#pragma unroll 1
-    for (int g = 0; g < groups_; g += kChunk<F>) {
-      gpu::copy_wait<Slots - 1>();
-      uint8_t* slot = lds_ + slot_;
-      use(slot, reinterpret_cast<const uint16_t*>(slot + Layout::kScales), g, min(kChunk<F>, groups_ - g), slot);
-      gpu::wave_sync();
-      copy(slot);
-      gpu::copy_commit();
-      slot_ += Layout::kBytes;
-      if (slot_ == Slots * Layout::kBytes) slot_ = 0;
-    }
+  __device__ inline bool next(Run<F>& run) {
+    if (task_ == work_.count()) return false;
+    const Work::Task t = work_.task(task_);
+    const bool down = task_ >= work_.gate_up();
+    run.set(TileView<F>(down ? w_.down : half_ == 0 ? w_.gate : w_.up, g_.expert[t.item], t.tile), down ? ff_ : in_);
+    half_ ^= down ? 0 : 1;
+    task_ += half_ == 0 ? 1 : 0;
+    return true;
   }
 
  private:
-  // Turns to the next tile with something in it for this wave.
-  __device__ inline bool next_tile() {
-    while (task_ < work_.count()) {
-      const Work::Task t = work_.task(task_);
-      const bool down = task_ >= work_.gate_up();
-      const Span span = down ? ff_ : in_;
-      const TileView<F> tile(down ? w_.down : half_ == 0 ? w_.gate : w_.up, g_.expert[t.item], t.tile);
-      quants_ = tile.group_quants(span.g0) + gpu::lane() * 16;
-      scales_ = reinterpret_cast<const uint8_t*>(tile.group_scales(span.g0)) + gpu::lane() * 16;
-      left_ = span.g1 - span.g0;
-      half_ ^= down ? 0 : 1;
-      task_ += half_ == 0 ? 1 : 0;
-      if (left_ > 0) return true;
-    }
-    return false;
-  }
-
-  __device__ inline void copy(uint8_t* slot) {
-    if (left_ <= 0 && !next_tile()) return;
-    constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;
-    const int scale_bytes = min(left_, kChunk<F>) * kScaleBytes - gpu::lane() * 16;
-    slot += gpu::lane() * 16;
-    if (left_ >= kChunk<F>) {
-#pragma unroll
-      for (int i = 0; i < kChunk<F> * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < left_ * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk<F> * kScaleBytes; i += 512) {
-      if (scale_bytes > i) gpu::copy_begin<16>(slot + Layout::kScales + i, scales_ + i);
-    }
-    quants_ += kChunk<F> * F::kQuantBytes;
-    scales_ += kChunk<F> * kScaleBytes;
-    left_ -= kChunk<F>;
-  }
-
-  uint8_t* lds_;
   const ExpertTiles& w_;
   const Grouped& g_;
   const Work& work_;
   Span in_, ff_;
   int task_ = 0, half_ = 0;  // what comes next
-  int groups_ = 0;
-  int slot_ = 0;  // of the next piece to use, in bytes
-  int left_ = 0;  // groups of the tile at hand that are not copied yet
-  const uint8_t* quants_ = nullptr;
-  const uint8_t* scales_ = nullptr;
 };
 
 template <typename F>
@@ -189,66 +123,6 @@ struct Batch {
   }
 };
 
-// Rows pair_of(0) .. pair_of(count - 1) of the activations, the wave's segment alone, to its own shared memory at lds,
-// as soon as they are posted.
-template <typename PairOf>
-__device__ inline ActRows await_acts(uint8_t* lds, const ExpertWords& words, int groups_of_all, Span span,
-                                     PairOf pair_of, int count, uint32_t launch) {
-  constexpr int kTogether = 4, kGroups = 8, kLoads = 3;  // words a lane has under way for each row
-  const int groups = span.g1 - span.g0, lane = gpu::lane();
-  uint32_t* const q = reinterpret_cast<uint32_t*>(lds);
-  const int stride = act_stride(groups) / 4;
-  uint32_t* const scale = q + count * stride;
-  for (int r0 = 0; r0 < count; r0 += kTogether) {
-    for (int g = 0; g < groups; g += kGroups) {
-      const int n = min(groups - g, kGroups);
-      const int64_t first = span.g0 + g;
-      uint64_t v[kTogether][kLoads];
-      bool missing;
-      do {
-        missing = false;
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          const int64_t group = static_cast<int64_t>(pair_of(min(r0 + j, count - 1))) * groups_of_all + first;
-          const uint64_t *from_q = words.q + group * 8, *from_scale = words.scale + group * 2;
-          if (lane < n * 8) v[j][0] = gpu::peek(from_q + lane);
-          if (lane + 32 < n * 8) v[j][1] = gpu::peek(from_q + lane + 32);
-          if (lane < n * 2) v[j][2] = gpu::peek(from_scale + lane);
-        }
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          missing = missing || (lane < n * 8 && !gpu::posted(v[j][0], launch)) ||
-                    (lane + 32 < n * 8 && !gpu::posted(v[j][1], launch)) ||
-                    (lane < n * 2 && !gpu::posted(v[j][2], launch));
-        }
-      } while (missing);
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int r = r0 + j;
-        if (r >= count) break;
-        if (lane < n * 8) q[r * stride + g * 8 + lane] = static_cast<uint32_t>(v[j][0]);
-        if (lane + 32 < n * 8) q[r * stride + g * 8 + lane + 32] = static_cast<uint32_t>(v[j][1]);
-        if (lane < n * 2) scale[(r * groups + g) * 2 + lane] = static_cast<uint32_t>(v[j][2]);
-      }
-    }
-  }
-  gpu::wave_sync();
-  return {reinterpret_cast<const int8_t*>(q), reinterpret_cast<const GroupScale*>(scale), act_stride(groups), groups};
-}
-
-// A wave's values as an int8 group.
-[[maybe_unused]] __device__ inline void post_group(float v, uint64_t* q, uint64_t* scale, uint32_t launch) {
-  int i;
-  const GroupScale s = quantize_lane(v, &i);
-  const int lane = gpu::lane();
-  uint32_t bytes = (static_cast<uint32_t>(i) & 255u) << (8 * (lane & 3));
-  bytes |= gpu::shuffle_xor(bytes, 1);
-  bytes |= gpu::shuffle_xor(bytes, 2);
-  if ((lane & 3) == 0) gpu::post(q + lane / 4, bytes, launch);
-  if (lane == 1) gpu::post(scale, __float_as_uint(s.d), launch);
-  if (lane == 2) gpu::post(scale + 1, static_cast<uint32_t>(s.sum), launch);
-}
-
 // out [rows, n_out]
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
@@ -260,26 +134,25 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   __shared__ Partial<kSums> sums;
   __shared__ Grouping<MaxRows> g;
   __shared__ Batch batches[2];  // taken in turn
-  __shared__ int launches;
+  __shared__ uint32_t launch;   // its number
   const int wave = gpu::wave(), thread = static_cast<int>(threadIdx.x), rows = choice.rows;
   const float bias0 = first_bias(choice);
   gpu::wait_only();
-  if (thread == 0) launches = gpu::load_fresh(words.launch) + 1;
-  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
-  const uint32_t launch = static_cast<uint32_t>(launches);
-  if (thread == 0) {
-    if (blockIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
-    if (atomicAdd(words.launch + 1, 1) == static_cast<int>(gridDim.x) - 1) {  // every block has read the number
-      words.launch[0] = launches;
-      words.launch[1] = 0;
-    }
-  }
   const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
+  // Before the weights, which would be in their way.
+  ActRows acts = begin_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
+  const uint32_t launch0 = thread == 0 ? launch_number(words) : 0;
+  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
   const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
-  TaskStream<F, kStreamSlots<F>, Grouping<MaxRows>> stream(memory.ring(lds, wave), w, g, work, in, ff);
+  using Tasks = Segments<F, Grouping<MaxRows>>;
+  TaskStream<F, kStreamSlots<F>, Tasks> stream(memory.ring(lds, wave), Tasks(w, g, work, in, ff));
   stream.start();
-  ActRows acts = stage_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
-  weigh_few(choice, g);  // read after a barrier
+  if (thread == 0) {
+    launch = launch0;
+    note_launch(words, launch0);
+    if (blockIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
+  }
+  weigh_few(choice, g);  // both are read after a barrier
 
   stream.expect(in.g1 - in.g0);
   int k = 0, buffer = 0;
@@ -333,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     for (int row = wave; row < batch_count; row += kSegments) {
       const int64_t column = static_cast<int64_t>(batch.task[batch.tile_of(row)].tile) * kTile + gpu::lane();
       const float v = add_segments<kSums>(sums, segments, row, gpu::lane());
-      gpu::post(words.y + pair_at(row) * y_stride + column, __float_as_uint(v), launch);
+      post_output(words, pair_at(row), y_stride, column, v, launch);
     }
     k += tiles;
     buffer = 1 - buffer;
@@ -348,27 +221,9 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     const bool there = column < w.down.n_out;
     float* const to = out + row * w.down.n_out + column;
     const float before = there ? *to : 0.0f;
-    float sum = 0.0f;
-    constexpr int kTogether = 8;
-    for (int first = 0; first < choice.top_k; first += kTogether) {
-      uint64_t v[kTogether];
-      bool missing;
-      do {
-        missing = false;
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          const int pair = row * choice.top_k + min(first + j, choice.top_k - 1);
-          v[j] = gpu::peek(words.y + pair * y_stride + column);
-        }
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) missing = missing || !gpu::posted(v[j], launch);
-      } while (missing);
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (first + j >= choice.top_k) break;
-        sum = fmaf(g.weight[row * choice.top_k + first + j], __uint_as_float(static_cast<uint32_t>(v[j])), sum);
-      }
-    }
+    const int pair0 = row * choice.top_k;
+    const float sum = await_outputs(
+        words, pair0, choice.top_k, y_stride, column, [&](int slot) { return g.weight[pair0 + slot]; }, launch);
     if (there) *to = before + sum;
   }
 }
@@ -390,20 +245,17 @@ size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd) {
   return static_cast<size_t>(pairs * (n_ff / 4 + n_ff / 16 + columns)) * sizeof(uint64_t);
 }
 
-bool experts_stream(int rows, DType gate_up, DType down) {
-  return gpu::kStaged && rows > 1 && rows <= kStreamRows && gate_up == down && is_quantized(down);
+bool experts_one_launch(int rows, DType gate_up, DType down) {
+  return gpu::kStaged && rows <= kStreamRows && gate_up == down && is_quantized(down);
 }
 
-void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
                            const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                            float* out) {
   const ExpertTiles w = {gate, up, down};
   const int pairs = c.rows * c.top_k, most = std::min(pairs, c.n_expert);  // items
-  ExpertWords words;
-  words.q = static_cast<uint64_t*>(memory);
-  words.scale = words.q + static_cast<int64_t>(pairs) * down.groups * 8;
-  words.y = words.scale + static_cast<int64_t>(pairs) * down.groups * 2;
-  words.launch = launch;
+  const ExpertWords words = expert_words(memory, launch, pairs, down);
+  bool fits = false;
   with_format(type, [&](auto format) {
     auto run = [&](auto max_rows) {
       if constexpr (gpu::kStaged) {
@@ -413,7 +265,8 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
         const size_t shared = stream_memory<F>(shape, c.rows, gate.groups, down.groups);
         const auto kernel = experts_stream_kernel<F, kRows>;
         const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
-        if (fit == 0) fail("GPU: ", c.rows, " rows of ", c.top_k, " experts need too much shared memory");
+        fits = fit > 0;
+        if (!fits) return;
         const int resident = std::min(fit, gpu::blocks_per_unit(c.rows)) * gpu::compute_units();
         const dim3 grid(static_cast<unsigned>(std::min(most * gate.tiles, resident)));
         gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, shape, words, out);
@@ -425,6 +278,7 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
       run(std::integral_constant<int, kStreamRows>{});
     }
   });
+  return fits;
 }
 
 }  // namespace dflash::hip

@@ -47,6 +47,41 @@ struct Slot {
       (kActScales + ActMost * kChunk<F> * static_cast<int>(sizeof(GroupScale)) + 15) / 16 * 16;
 };
 
+// Groups of a tile, one after the other, that a wave copies a chunk at a time.
+template <typename F>
+struct Run {
+  const uint8_t* quants = nullptr;  // the lane's part
+  const uint8_t* scales = nullptr;
+  int left = 0;  // groups
+
+  __device__ inline void set(const TileView<F>& tile, Span span) {
+    quants = tile.group_quants(span.g0) + gpu::lane() * 16;
+    scales = reinterpret_cast<const uint8_t*>(tile.group_scales(span.g0)) + gpu::lane() * 16;
+    left = span.g1 - span.g0;
+  }
+
+  // Begins to copy the next chunk: quants to slot, scales to slot + Slot::kScales.
+  __device__ inline void copy_chunk(uint8_t* slot) {
+    constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;
+    const int scale_bytes = min(left, kChunk<F>) * kScaleBytes - gpu::lane() * 16;
+    slot += gpu::lane() * 16;
+    if (left >= kChunk<F>) {
+#pragma unroll
+      for (int i = 0; i < kChunk<F> * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants + i * 512);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < left * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk<F> * kScaleBytes; i += 512) {
+      if (scale_bytes > i) gpu::copy_begin<16>(slot + Slot<F, 0>::kScales + i, scales + i);
+    }
+    quants += kChunk<F> * F::kQuantBytes;
+    scales += kChunk<F> * kScaleBytes;
+    left -= kChunk<F>;
+  }
+};
+
 // The weights of a wave's segment of tile after tile, and the activations that go with each.
 //   Cursor: bool more(); TileView<F> tile(); int count(), row(i): rows of activations with it; void advance()
 template <typename F, int Slots, int ActMost, typename Cursor>
@@ -111,31 +146,12 @@ class WeightStream {
 
  private:
   __device__ inline void copy_weights(uint8_t* slot) {
-    if (left_ <= 0) {
+    if (run_.left <= 0) {
       if (!cursor_.more()) return;
-      const TileView<F> tile = cursor_.tile();
+      run_.set(cursor_.tile(), span_);
       cursor_.advance();
-      quants_ = tile.group_quants(span_.g0) + gpu::lane() * 16;
-      scales_ = reinterpret_cast<const uint8_t*>(tile.group_scales(span_.g0)) + gpu::lane() * 16;
-      left_ = span_.g1 - span_.g0;
     }
-    constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;
-    const int scale_bytes = min(left_, kChunk<F>) * kScaleBytes - gpu::lane() * 16;
-    slot += gpu::lane() * 16;
-    if (left_ >= kChunk<F>) {
-#pragma unroll
-      for (int i = 0; i < kChunk<F> * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < left_ * kPieces; ++i) gpu::copy_begin<16>(slot + i * 512, quants_ + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk<F> * kScaleBytes; i += 512) {
-      if (scale_bytes > i) gpu::copy_begin<16>(slot + Layout::kScales + i, scales_ + i);
-    }
-    quants_ += kChunk<F> * F::kQuantBytes;
-    scales_ += kChunk<F> * kScaleBytes;
-    left_ -= kChunk<F>;
+    run_.copy_chunk(slot);
   }
 
   // Eight lanes to a row: two pieces of its int8 and a scale each.
@@ -170,10 +186,9 @@ class WeightStream {
   Span span_;
   Cursor cursor_, acts_cursor_;
   QuantRows x_;
-  int slot_ = 0;                  // of the next piece to use, in bytes
-  int left_ = 0, acts_left_ = 0;  // groups of the tile at hand that are not copied yet
-  const uint8_t* quants_ = nullptr;
-  const uint8_t* scales_ = nullptr;
+  int slot_ = 0;  // of the next piece to use, in bytes
+  Run<F> run_;
+  int acts_left_ = 0;  // groups of the tile at hand whose activations are not copied yet
   const int8_t* q_from_ = nullptr;
   const GroupScale* s_from_ = nullptr;
 };
@@ -393,6 +408,22 @@ __host__ __device__ inline int act_bytes(int groups) {
   return act_stride(groups) + groups * static_cast<int>(sizeof(GroupScale));
 }
 
+// By copies that are a batch of the wave's (gpu::copy_wait).
+template <typename RowOf>
+__device__ inline ActRows begin_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
+  const int groups = span.g1 - span.g0, all = static_cast<int>(x.n / 32);
+  GroupScale* scale = reinterpret_cast<GroupScale*>(lds + most * act_stride(groups));
+  for (int r = 0; r < count; ++r) {
+    const int64_t row = static_cast<int64_t>(row_of(r)) * all + span.g0;
+    for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
+      gpu::copy_begin<16>(lds + r * act_stride(groups) + i * 16, x.q + row * 32 + i * 16);
+      if (i < groups) gpu::copy_begin<8>(reinterpret_cast<uint8_t*>(scale + r * groups + i), x.scale + row + i);
+    }
+  }
+  gpu::copy_commit();
+  return {reinterpret_cast<const int8_t*>(lds), scale, act_stride(groups), groups};
+}
+
 // Whole: by copies that are all under way at once, and a wait for these and for all weights begun before.
 template <bool Whole = false, typename RowOf>
 __device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
@@ -400,15 +431,9 @@ __device__ inline ActRows stage_acts(uint8_t* lds, const QuantRows& x, Span span
   int8_t* q = reinterpret_cast<int8_t*>(lds);
   GroupScale* scale = reinterpret_cast<GroupScale*>(lds + most * act_stride(groups));
   if constexpr (Whole) {
-    for (int r = 0; r < count; ++r) {
-      const int64_t row = static_cast<int64_t>(row_of(r)) * all + span.g0;
-      for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
-        gpu::copy_begin<16>(lds + r * act_stride(groups) + i * 16, x.q + row * 32 + i * 16);
-        if (i < groups) gpu::copy_begin<8>(reinterpret_cast<uint8_t*>(scale + r * groups + i), x.scale + row + i);
-      }
-    }
-    gpu::copy_commit();
+    const ActRows rows = begin_acts(lds, x, span, row_of, count, most);
     gpu::copy_wait<0>();
+    return rows;
   } else {
     constexpr int kTogether = 4;
     for (int r0 = 0; r0 < count; r0 += kTogether) {

@@ -643,7 +643,7 @@ __device__ inline void copy_wait() {
 #endif
 }
 
-// The largest and the smallest v of a wave.
+// The largest v of a wave.
 __device__ inline uint32_t wave_most(uint32_t v) {
 #if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v = max(v, shuffle_xor(v, m));
@@ -653,12 +653,12 @@ __device__ inline uint32_t wave_most(uint32_t v) {
 #endif
 }
 
-__device__ inline uint32_t wave_least(uint32_t v) {
+// Bit l: lane l's v.
+__device__ inline uint32_t ballot(bool v) {
 #if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = min(v, shuffle_xor(v, m));
-  return v;
+  return static_cast<uint32_t>(__ballot(v));
 #else
-  return __reduce_min_sync(0xffffffffu, v);
+  return __ballot_sync(0xffffffffu, v);
 #endif
 }
 

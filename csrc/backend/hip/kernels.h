@@ -99,7 +99,7 @@ void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, cons
 // x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
 void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
 
-// experts_stream.hip. Both in one launch, on NVIDIA and for 2 to kStreamRows rows (one row: two launches are quicker).
+// experts_stream.hip. Both in one launch, on NVIDIA and for 2 to kStreamRows rows.
 inline constexpr int kStreamRows = 8;
 struct ExpertWords {          // what blocks leave for each other, see gpu::post
   uint64_t* q = nullptr;      // [pairs, n_ff / 4] int8 of the activations
@@ -108,11 +108,15 @@ struct ExpertWords {          // what blocks leave for each other, see gpu::post
   int* launch = nullptr;      // [2] launches so far, blocks of this one that know it
 };
 size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd);
-bool experts_stream(int rows, DType gate_up, DType down);
-// memory: expert_words_bytes, zero at first
-void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+bool experts_one_launch(int rows, DType gate_up, DType down);
+// memory: expert_words_bytes, zero at first. False: does not fit shared memory, nothing is launched.
+bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
                            const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                            float* out);
+// experts_team.hip. The same for one row.
+bool launch_experts_team(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                         const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                         float* out);
 
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,

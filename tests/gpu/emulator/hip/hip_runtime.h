@@ -180,17 +180,19 @@ T __shfl_up(T v, unsigned step, int) {
   const int from = ::emulator::lane() - static_cast<int>(step);
   return ::emulator::shuffle(v, from < 0 ? ::emulator::lane() : from);
 }
-inline int __any(int v) {
+inline uint64_t __ballot(int v) {
   uint32_t lanes;
   const uint8_t* all = ::emulator::exchange(&v, sizeof(v), &lanes);
-  int any = 0;
+  uint64_t set = 0;
   for (int l = 0; l < ::emulator::kWave; ++l) {
     int other;
     std::memcpy(&other, all + l * 64, sizeof(other));
-    if ((lanes >> l & 1u) != 0) any |= other;
+    if ((lanes >> l & 1u) != 0 && other != 0) set |= uint64_t{1} << l;
   }
-  return any != 0;
+  return set;
 }
+inline int __any(int v) { return __ballot(v) != 0; }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 
 inline uint32_t __float_as_uint(float v) { return __builtin_bit_cast(uint32_t, v); }
 inline float __uint_as_float(uint32_t v) { return __builtin_bit_cast(float, v); }
