@@ -139,8 +139,10 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   const float bias0 = first_bias(choice);
   gpu::wait_only();
   const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
-  // Before the weights, which would be in their way.
-  ActRows acts = begin_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
+  // Few before the weights, which would be in their way; many would hold the weights up.
+  constexpr bool kEarly = MaxRows <= 4;
+  ActRows acts;
+  if (kEarly) acts = begin_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
   const uint32_t launch0 = thread == 0 ? launch_number(words) : 0;
   group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
   const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     note_launch(words, launch0);
     if (blockIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
   }
+  if (!kEarly) acts = stage_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
   weigh_few(choice, g);  // both are read after a barrier
 
   stream.expect(in.g1 - in.g0);

@@ -16,14 +16,10 @@ namespace {
 
 constexpr int kTeamWaves = 2 * kSegments, kTeamThreads = kTeamWaves * gpu::kWave;
 constexpr int kBatch = 4;  // down tiles of half a block between two barriers
-#ifndef TEAM_CHUNKS
-#define TEAM_CHUNKS 1
-#endif
-#ifndef TEAM_RELEASE
-#define TEAM_RELEASE 1
-#endif
+// Of a wave's ring, half of what experts_stream has: more copies under way keep the first ones from coming (2 and 3
+// times as many were slower), and the next kernel's find room.
 template <typename F>
-constexpr int kTeamSlots = TEAM_CHUNKS * 6 / kChunk<F>;
+constexpr int kTeamSlots = 6 / kChunk<F>;
 
 // A block of a team. Its tiles are rank, rank + size, ...; waves 0..7 make gate, 8..15 up; of down tiles every other.
 struct Team {
@@ -80,9 +76,6 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const bool chooses = wave == 0, numbers = threadIdx.x == kTeamThreads - 1;
   float bias[kExpertsPerLane] = {}, logit[kExpertsPerLane] = {};
   if (chooses) load_experts(choice.bias, choice.n_expert, bias);
-#if TEAM_RELEASE == 0
-  gpu::release_next();
-#endif
   gpu::wait_only();
   // One wave alone asks for them: all blocks want the same few lines of the L2.
   if (chooses) load_experts(choice.logits, choice.n_expert, logit);
@@ -128,9 +121,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       post_group(swiglu(gate, up), words.q + group * 8, words.scale + group * 2, launch);
     }
   }
-#if TEAM_RELEASE == 1
   gpu::release_next();
-#endif
 
   stream.expect(ff.g1 - ff.g0);
   segments = segment_count(w.down.groups);
@@ -143,9 +134,6 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       if (team.rank + (first + 2 * b + half) * size >= w.down.tiles) break;
       tile_segment<F, 1, false>(stream, acts, row0, 1, down_sums[b][half][segment]);
     }
-#if TEAM_RELEASE == 2
-    gpu::release_next();
-#endif
     __syncthreads();
     const int nth = first + wave, tile = team.rank + nth * size;  // a wave a tile
     if (wave < 2 * kBatch && tile < w.down.tiles) {
