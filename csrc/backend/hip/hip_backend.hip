@@ -211,6 +211,10 @@ class HipBackend final : public Backend {
 
   void ffn(const Ffn& f, int rows, float* x) override {
     begin_op();
+    if (ffn_stream(rows, f)) {
+      void* words = work_->zeroed(Scratch::kExpertWords, ffn_words_bytes(rows, f));
+      return launch_ffn_stream(stream_, f, rows, words, expert_launch(), x);
+    }
     experts_->ffn(f, rows, x);
   }
 
@@ -402,7 +406,7 @@ class HipBackend final : public Backend {
     if (!any_float && one_type) {
       TiledOut list[kMaxOuts];
       for (int i = 0; i < n_outs; ++i) list[i] = {tiled(*outs[i].w), outs[i].y};
-      if (matmul_can_norm(outs[0].w->type, list, n_outs, rows)) {
+      if (matmul_can_norm(list, n_outs, rows)) {
         return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, rows, add);
       }
     }
