@@ -30,15 +30,12 @@ struct FewInput {
   int rows;
 };
 
-// What NormRows::run left at lds, from group g of each row on.
-__device__ inline ActRows normed_rows(const uint8_t* lds, int rows, int n, int g) {
-  return {reinterpret_cast<const int8_t*>(lds) + g * 32,
-          reinterpret_cast<const GroupScale*>(lds + rows * norm_stride(n)) + g, norm_stride(n), norm_scale_stride(n)};
-}
-
 // matmul_resident.hip: products so small that a multiprocessor's share of the weights fits its shared memory. NVIDIA.
 bool resident_fits(DType type, const OutList& list, int rows, bool norm);
 // False where it does not fit.
 bool launch_resident(gpu::Stream s, DType type, const OutList& list, const FewInput& in, bool add);
+
+// matmul_half.hip: 2..8 rows on NVIDIA. False where it does not fit.
+bool launch_matmul_half(gpu::Stream s, DType type, const OutList& list, const QuantRows& x, int rows, bool add);
 
 }  // namespace dflash::hip

@@ -213,7 +213,9 @@ class HipBackend final : public Backend {
     begin_op();
     if (ffn_stream(rows, f)) {
       void* words = work_->zeroed(Scratch::kExpertWords, ffn_words_bytes(rows, f));
-      return launch_ffn_stream(stream_, f, rows, words, expert_launch(), x);
+      const int64_t n = f.gate->n_in;
+      launch_norm_quantize(stream_, x, f.norm, f.eps, rows, n, nullptr, work_->mutable_quant(Scratch::kQuant, rows, n));
+      return launch_ffn_stream(stream_, f, work_->quant_rows(rows, n), rows, words, expert_launch(), x);
     }
     experts_->ffn(f, rows, x);
   }
@@ -406,7 +408,7 @@ class HipBackend final : public Backend {
     if (!any_float && one_type) {
       TiledOut list[kMaxOuts];
       for (int i = 0; i < n_outs; ++i) list[i] = {tiled(*outs[i].w), outs[i].y};
-      if (matmul_can_norm(list, n_outs, rows)) {
+      if (matmul_can_norm(outs[0].w->type, list, n_outs, rows)) {
         return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, rows, add);
       }
     }

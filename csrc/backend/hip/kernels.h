@@ -43,7 +43,7 @@ struct TiledOut {
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add);
 
 // The same of rms_norm(x.x, x.norm) for a few rows, which saves a launch.
-bool matmul_can_norm(const TiledOut* outs, int n_outs, int rows);
+bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows);
 void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add);
 
 // act[row] = int8 groups of silu(gate x[row]) * up x[row] for 1..kFewRows rows.  x [rows, n_embd], act [rows, n_ff]
@@ -114,12 +114,11 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
                            const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                            float* out);
 
-// ffn_stream.hip. A dense feed-forward of 1 to kFfnStreamRows rows in one launch, its norm too, on NVIDIA: x +=.
-inline constexpr int kFfnStreamRows = 8;
+// ffn_stream.hip. Gate, up and down of a dense feed-forward of few rows in one launch, on NVIDIA: out += of x's rows.
 bool ffn_stream(int rows, const Ffn& f);
 size_t ffn_words_bytes(int rows, const Ffn& f);
 // memory: ffn_words_bytes, zero at first; launch [2] as above
-void launch_ffn_stream(gpu::Stream s, const Ffn& f, int rows, void* memory, int* launch, float* x);
+void launch_ffn_stream(gpu::Stream s, const Ffn& f, QuantRows x, int rows, void* memory, int* launch, float* out);
 
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,

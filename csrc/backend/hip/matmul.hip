@@ -1,7 +1,5 @@
 // Dense matrix times 1..16 rows, and float weights times any rows.
 
-#include <algorithm>
-
 #include "backend/hip/dense_few.h"
 #include "backend/hip/float_dot.h"
 #include "backend/hip/kernels.h"
@@ -13,20 +11,15 @@ namespace {
 constexpr int kActsMost = 64 << 10;  // bytes of activations of a block that are copied
 template <typename F>
 inline constexpr int kDenseSlots = 12 / kChunk<F>;  // of a wave's ring
-// The same where a block has a multiprocessor for itself and normalises its rows.
-template <typename F>
-inline constexpr int kNormSlots = F::kHalves == 2 ? 5 : 6;
-constexpr int kNormRows = 8;  // normalised in every block, at most
 
 // Tiles of any output, each block takes every gridDim.x-th.
 template <typename F, int MaxRows, bool Norm, int Slots>
-__global__ void __launch_bounds__(kThreads, Norm&& MaxRows > 1 ? 1 : gpu::few_blocks(MaxRows))
+__global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     matmul_few_kernel(OutList list, FewInput in, WaveMemory memory, bool add) {
   DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kBuffers = MaxRows <= 8 ? 2 : 1;
   __shared__ Partial<MaxRows> partial[kBuffers];
-  using Norms = NormRows<Norm ? MaxRows : 1, kSegments>;
-  [[maybe_unused]] __shared__ typename Norms::Sums sums;
+  [[maybe_unused]] __shared__ NormRows<1, kSegments>::Sums sums;
   const int wave = gpu::wave(), groups = list.out[0].w.groups;
   const Span span = segment_span(wave, groups);
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
@@ -45,13 +38,14 @@ __global__ void __launch_bounds__(kThreads, Norm&& MaxRows > 1 ? 1 : gpu::few_bl
   WeightStream<F, Slots, 0, Cursor> stream(memory.ring(lds, wave), span, Cursor{list, first, step, list.tiles});
   // The weights do not depend on the kernel before: start them on their way while it ends.
   stream.start();
-  [[maybe_unused]] const Norms norm(in.norm, Norm ? groups * 32 : 0, Norm ? in.rows : 1);
+  [[maybe_unused]] const NormRows<1, kSegments> norm(in.norm, Norm ? groups * 32 : 0);
   gpu::wait_for_previous();
   ActRows x;
   if constexpr (Norm) {
     uint8_t* acts = gpu::kStaged ? memory.ring(lds, kSegments) : lds;
     norm.run(acts, sums);
-    x = normed_rows(acts, MaxRows == 1 ? 1 : in.rows, groups * 32, span.g0);
+    x = {reinterpret_cast<const int8_t*>(acts) + span.g0 * 32,
+         reinterpret_cast<const GroupScale*>(acts + groups * 32) + span.g0, 0, 0};
   } else if (gpu::kStaged && (MaxRows <= 2 || memory.acts > 0)) {
     // One tile, all its weights are on their way: nothing is lost by waiting for them with the rows.
     constexpr bool kWhole = Slots > kDenseSlots<F>;
@@ -157,7 +151,7 @@ void with_dense_rows(int rows, F&& f) {
 template <typename F, int MaxRows, bool Norm>
 void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add) {
   const int groups = list.out[0].w.groups, units = gpu::compute_units();
-  size_t shared = Norm ? static_cast<size_t>(norm_bytes(in.rows, groups * 32)) : 0;
+  size_t shared = Norm ? static_cast<size_t>(norm_bytes(1, groups * 32)) : 0;
   auto run = [&](int slots, int blocks, auto kernel) {
     const WaveMemory memory = dense_memory<F>(slots, groups, Norm ? 0 : in.rows);
     if (gpu::kStaged) {
@@ -169,9 +163,6 @@ void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add
   };
   if constexpr (gpu::kStaged) {
     constexpr int kSlots = kDenseSlots<F>;
-    if constexpr (Norm && MaxRows > 1) {
-      return run(kNormSlots<F>, std::min(list.tiles, units), matmul_few_kernel<F, MaxRows, Norm, kNormSlots<F>>);
-    }
     // A block that has a multiprocessor for itself takes a longer run of weights ahead.
     if constexpr (!Norm && F::kQuantBytes == kTile * 16) {
       if (list.tiles <= units && segment_groups(groups) > 12) {
@@ -292,30 +283,23 @@ void with_float(DType type, F&& f) {
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add) {
   const OutList list = out_list(outs, n_outs);
   const FewInput in = {x, {}, rows};
-  if (launch_resident(s, type, list, in, add)) return;
+  if (launch_resident(s, type, list, in, add) || launch_matmul_half(s, type, list, x, rows, add)) return;
   with_format(type, [&](auto format) {
     with_dense_rows(rows,
                     [&](auto most) { matmul_few<decltype(format), decltype(most)::value, false>(s, list, in, add); });
   });
 }
 
-bool matmul_can_norm(const TiledOut* outs, int n_outs, int rows) {
+bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows) {
   const OutList list = out_list(outs, n_outs);
-  return norm_fits(list.n_in()) && (rows == 1 || (gpu::kStaged && rows <= kNormRows));
+  return norm_fits(list.n_in()) && (rows == 1 || resident_fits(type, list, rows, true));
 }
 
 void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add) {
   const OutList list = out_list(outs, n_outs);
   const FewInput in = {{}, x, rows};
   if (launch_resident(s, type, list, in, add)) return;
-  with_format(type, [&](auto format) {
-    using F = decltype(format);
-    if constexpr (gpu::kStaged) {
-      if (rows > 4) return matmul_few<F, kNormRows, true>(s, list, in, add);
-      if (rows > 1) return matmul_few<F, 4, true>(s, list, in, add);
-    }
-    matmul_few<F, 1, true>(s, list, in, add);
-  });
+  with_format(type, [&](auto format) { matmul_few<decltype(format), 1, true>(s, list, in, add); });
 }
 
 void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   ActRows x;
   if constexpr (Norm) {
     norm.run(acts, sums);
-    x = normed_rows(acts, Rows, groups * 32, span.g0);
+    x = {reinterpret_cast<const int8_t*>(acts) + span.g0 * 32,
+         reinterpret_cast<const GroupScale*>(acts + Rows * groups * 32) + span.g0, groups * 32, groups};
     gpu::copy_wait<0>();
   } else {  // waits for the weights too
     x = stage_acts<true>(acts + wave * (Rows * act_bytes(kGroups)), in.x, span, [](int r) { return r; }, Rows, Rows);

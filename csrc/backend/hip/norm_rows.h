@@ -21,11 +21,9 @@ struct NormInput {
 
 __host__ __device__ inline bool norm_fits(int64_t n) { return n <= kFusedNorm && n % 32 == 0; }
 
-// int8 rows, then their scales; rows begin in different banks
-__host__ __device__ inline int norm_stride(int n) { return n + 16; }
-__host__ __device__ inline int norm_scale_stride(int n) { return n / 32 + 1; }
+// int8 rows, then their scales
 __host__ __device__ inline int norm_bytes(int rows, int n) {
-  return (rows * (norm_stride(n) + norm_scale_stride(n) * static_cast<int>(sizeof(GroupScale))) + 15) / 16 * 16;
+  return rows * (n + n / 32 * static_cast<int>(sizeof(GroupScale)));
 }
 
 __device__ inline float4 times(const float4& v, float s, const float4& w) {
@@ -39,59 +37,56 @@ __device__ inline float sum_of_squares(const float4& v) {
   return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
 }
 
-// A block of Waves waves and at most Rows rows. Construct before the wait for the kernel before, run() after it.
+// A block of Waves waves. Construct before the wait for the kernel before, run() after it.
 template <int Rows, int Waves>
 class NormRows {
  public:
   static constexpr int kParts = kFusedNorm / (4 * gpu::kWave * Waves);  // float4 of a row a thread has
   using Sums = float[Rows][gpu::kWave];
 
-  __device__ inline NormRows(const NormInput& in, int n, int rows = Rows) : in_(in), n_(n), rows_(rows) {
+  __device__ inline NormRows(const NormInput& in, int n) : in_(in), n_(n) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) weight_[i] = load(in.norm, i, in.norm != nullptr);
   }
 
-  // Into shared memory at out (norm_bytes): rows().
+  // Into shared memory at out (norm_bytes).
   __device__ inline void run(uint8_t* out, Sums& sums) const {
     float4 v[Rows][kParts];
     constexpr int kSums = gpu::power_of_two_from(Rows * kParts), kLanes = gpu::kWave / kSums;
     float part[kSums] = {};
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      if (r >= rows_) break;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) v[r][i] = load(in_.x + r * n_, i, true);
     }
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      if (r >= rows_) break;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) part[r * kParts + i] = sum_of_squares(v[r][i]);
     }
     const float sum = gpu::wave_sums(part);
     const int of = gpu::lane() / kLanes;
-    if (gpu::lane() % kLanes == 0 && of < rows_ * kParts) sums[of / kParts][of % kParts * Waves + gpu::wave()] = sum;
-    GroupScale* const scales = reinterpret_cast<GroupScale*>(out + rows_ * norm_stride(n_));
+    if (gpu::lane() % kLanes == 0 && of < Rows * kParts) sums[of / kParts][of % kParts * Waves + gpu::wave()] = sum;
+    GroupScale* const scales = reinterpret_cast<GroupScale*>(out + Rows * n_);
     const int groups = n_ / 32;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        if (r >= rows_ || at(i) - 4 * gpu::lane() >= n_) continue;  // the whole wave is past the end
+        if (at(i) - 4 * gpu::lane() >= n_) continue;  // the whole wave is past the end
         const float4 scaled = in_.norm != nullptr ? times(v[r][i], weight_[i]) : v[r][i];
-        const GroupScale s =
-            quantize_quad(scaled, reinterpret_cast<int8_t*>(out) + r * norm_stride(n_) + (at(i) & ~31), at(i) < n_);
-        if (at(i) < n_ && gpu::lane() % 8 == 0) scales[r * norm_scale_stride(n_) + at(i) / 32] = s;
+        const GroupScale s = quantize_quad(scaled, reinterpret_cast<int8_t*>(out) + r * n_ + (at(i) & ~31), at(i) < n_);
+        if (at(i) < n_ && gpu::lane() % 8 == 0) scales[r * groups + at(i) / 32] = s;
       }
     }
     __syncthreads();
     if (in_.norm == nullptr) return;
     constexpr int kRowWaves = Waves / Rows;  // waves to a row
     const int row = gpu::wave() / kRowWaves;
-    if (row < rows_) {
+    if (row < Rows) {
       const float inverse = 1.0f / sqrtf(gpu::wave_sum(sums[row][gpu::lane()]) / static_cast<float>(n_) + in_.eps);
       for (int g = gpu::wave() % kRowWaves * gpu::kWave + gpu::lane(); g < groups; g += kRowWaves * gpu::kWave) {
-        scales[row * norm_scale_stride(n_) + g].d *= inverse;
+        scales[row * groups + g].d *= inverse;
       }
     }
     __syncthreads();
@@ -104,7 +99,7 @@ class NormRows {
   }
 
   NormInput in_;
-  int n_, rows_;
+  int n_;
   float4 weight_[kParts];
 };
 
