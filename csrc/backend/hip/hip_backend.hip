@@ -211,12 +211,6 @@ class HipBackend final : public Backend {
 
   void ffn(const Ffn& f, int rows, float* x) override {
     begin_op();
-    if (ffn_stream(rows, f)) {
-      void* words = work_->zeroed(Scratch::kExpertWords, ffn_words_bytes(rows, f));
-      const int64_t n = f.gate->n_in;
-      launch_norm_quantize(stream_, x, f.norm, f.eps, rows, n, nullptr, work_->mutable_quant(Scratch::kQuant, rows, n));
-      return launch_ffn_stream(stream_, f, work_->quant_rows(rows, n), rows, words, expert_launch(), x);
-    }
     experts_->ffn(f, rows, x);
   }
 

@@ -114,12 +114,6 @@ void launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
                            const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                            float* out);
 
-// ffn_stream.hip. Gate, up and down of a dense feed-forward of few rows in one launch, on NVIDIA: out += of x's rows.
-bool ffn_stream(int rows, const Ffn& f);
-size_t ffn_words_bytes(int rows, const Ffn& f);
-// memory: ffn_words_bytes, zero at first; launch [2] as above
-void launch_ffn_stream(gpu::Stream s, const Ffn& f, QuantRows x, int rows, void* memory, int* launch, float* out);
-
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,
                           float* act);

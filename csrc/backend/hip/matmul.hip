@@ -304,6 +304,7 @@ void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_o
 
 void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
                           int rows, MutableQuantRows act) {
+  if (launch_gate_up_half(s, type, gate, up, x, rows, act)) return;
   with_format(type, [&](auto format) {
     with_dense_rows(rows, [&](auto most) {
       using F = decltype(format);
