@@ -463,43 +463,49 @@ void test_experts(Backend& b, std::mt19937& rng) {
   report("moe, many rows", worst_many, kLimitExperts);
 
   double worst_ffn = 0.0;
-  for (DType type : {DType::Q4_0, DType::Q8_0, DType::F16}) {
-    const int64_t n_embd = 256, n_ff = 352;
-    const int max_rows = 140;
-    const auto gate = random_tensor(rng, type, n_embd, n_ff), up = random_tensor(rng, type, n_embd, n_ff),
-               down = random_tensor(rng, type, n_ff, n_embd);
-    const Weight wg = b.load(gate->host, gate), wu = b.load(up->host, up), wd = b.load(down->host, down);
-    const Floats norm = random_floats(rng, n_embd), x = random_floats(rng, max_rows * n_embd, 2.0f);
-    Guarded gnorm(b, norm);
-    Ffn f;
-    f.eps = kEps;
-    f.norm = gnorm.data();
-    f.gate = &wg;
-    f.up = &wu;
-    f.down = &wd;
-    auto run = [&](int first, int rows) {
-      Guarded gx(b, Floats(x.begin() + first * n_embd, x.begin() + (first + rows) * n_embd));
-      b.ffn(f, rows, gx.data());
-      return gx.get("ffn");
-    };
-    for (const bool few : {true, false}) {
-      const int most = few ? kInt8Rows : max_rows, begin = max_rows - most;
-      const bool quantized = is_quantized(type), int8 = quantized && few;
-      const Floats xs(x.begin() + begin * n_embd, x.end());
-      const Floats all = run(begin, most);
-      Doubles hq = ref_norm(xs, norm, kEps, most, n_embd), want = to_doubles(xs);
-      if (int8) quantize_like_gpu(hq.data(), most * n_embd);
-      for (int r = 0; r < most; ++r) {
-        Doubles y;
-        (void)ref_expert(*gate, *up, *down, 0, &hq[r * n_embd], int8, &y);
-        for (int64_t i = 0; i < n_embd; ++i) want[r * n_embd + i] += y[i];
-      }
-      check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst_ffn);
-      for (int rows : kRowCounts) {
-        if (rows > most || (quantized && !few && rows <= kInt8Rows)) continue;
-        const int first = most - rows;
-        const Floats part = run(begin + first, rows), tail(all.begin() + first * n_embd, all.end());
-        expect(same_bits(part, tail, part.size()), cat("ffn ", dtype_info(type).name, ": ", rows, " rows differ"));
+  struct FfnShape {
+    int64_t n_embd, n_ff;  // the second: more tiles than a GPU has multiprocessors, and not a multiple of them
+  };
+  for (const FfnShape& shape : {FfnShape{256, 352}, FfnShape{96, 5408}}) {
+    if (g_quick && shape.n_ff > 512) continue;
+    for (DType type : {DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::F16}) {
+      const int64_t n_embd = shape.n_embd, n_ff = shape.n_ff;
+      const int max_rows = 140;
+      const auto gate = random_tensor(rng, type, n_embd, n_ff), up = random_tensor(rng, type, n_embd, n_ff),
+                 down = random_tensor(rng, type, n_ff, n_embd);
+      const Weight wg = b.load(gate->host, gate), wu = b.load(up->host, up), wd = b.load(down->host, down);
+      const Floats norm = random_floats(rng, n_embd), x = random_floats(rng, max_rows * n_embd, 2.0f);
+      Guarded gnorm(b, norm);
+      Ffn f;
+      f.eps = kEps;
+      f.norm = gnorm.data();
+      f.gate = &wg;
+      f.up = &wu;
+      f.down = &wd;
+      auto run = [&](int first, int rows) {
+        Guarded gx(b, Floats(x.begin() + first * n_embd, x.begin() + (first + rows) * n_embd));
+        b.ffn(f, rows, gx.data());
+        return gx.get("ffn");
+      };
+      for (const bool few : {true, false}) {
+        const int most = few ? kInt8Rows : max_rows, begin = max_rows - most;
+        const bool quantized = is_quantized(type), int8 = quantized && few;
+        const Floats xs(x.begin() + begin * n_embd, x.end());
+        const Floats all = run(begin, most);
+        Doubles hq = ref_norm(xs, norm, kEps, most, n_embd), want = to_doubles(xs);
+        if (int8) quantize_like_gpu(hq.data(), most * n_embd);
+        for (int r = 0; r < most; ++r) {
+          Doubles y;
+          (void)ref_expert(*gate, *up, *down, 0, &hq[r * n_embd], int8, &y);
+          for (int64_t i = 0; i < n_embd; ++i) want[r * n_embd + i] += y[i];
+        }
+        check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst_ffn);
+        for (int rows : kRowCounts) {
+          if (rows > most || (quantized && !few && rows <= kInt8Rows)) continue;
+          const int first = most - rows;
+          const Floats part = run(begin + first, rows), tail(all.begin() + first * n_embd, all.end());
+          expect(same_bits(part, tail, part.size()), cat("ffn ", dtype_info(type).name, ": ", rows, " rows differ"));
+        }
       }
     }
   }

@@ -35,4 +35,9 @@ bool resident_fits(DType type, const OutList& list, int rows, bool norm);
 // False where it does not fit.
 bool launch_resident(gpu::Stream s, DType type, const OutList& list, const FewInput& in, bool add);
 
+// matmul_half.hip: 3..8 rows on NVIDIA. False where they do not fit.
+bool launch_matmul_half(gpu::Stream s, DType type, const OutList& list, const QuantRows& x, int rows, bool add);
+bool launch_gate_up_half(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, const QuantRows& x,
+                         int rows, MutableQuantRows act);
+
 }  // namespace dflash::hip

@@ -283,7 +283,7 @@ void with_float(DType type, F&& f) {
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add) {
   const OutList list = out_list(outs, n_outs);
   const FewInput in = {x, {}, rows};
-  if (launch_resident(s, type, list, in, add)) return;
+  if (launch_resident(s, type, list, in, add) || launch_matmul_half(s, type, list, x, rows, add)) return;
   with_format(type, [&](auto format) {
     with_dense_rows(rows,
                     [&](auto most) { matmul_few<decltype(format), decltype(most)::value, false>(s, list, in, add); });
@@ -304,6 +304,7 @@ void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_o
 
 void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
                           int rows, MutableQuantRows act) {
+  if (launch_gate_up_half(s, type, gate, up, x, rows, act)) return;
   with_format(type, [&](auto format) {
     with_dense_rows(rows, [&](auto most) {
       using F = decltype(format);

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kSmallThreads)
 // ---- greedy choice
 // ------------------------------------------------------------------------------------------------------
 
-constexpr int kTop1Parts = 64;  // blocks of a row
+constexpr int kTop1Parts = 64;     // blocks of a row
+constexpr int kTop1Together = 13;  // logits a thread reads at a time: all of a vocabulary of 200,064
 
 struct Best {
   float first, second;  // largest logits
@@ -105,16 +106,27 @@ __global__ void __launch_bounds__(kSmallThreads)
   gpu::wait_for_previous();
   const float* row = logits + blockIdx.y * n;
   Best best = {-INFINITY, -INFINITY, 0x7fffffff, 0.0f};
-  for (int64_t i = thread_index(); i < n; i += kTop1Parts * kSmallThreads) {
-    const float v = row[i];
-    if (v > best.first) {
-      best.sum = best.sum > 0.0f ? fmaf(best.sum, expf(best.first - v), 1.0f) : 1.0f;
-      best.second = best.first;
-      best.first = v;
-      best.id = static_cast<int>(i);
-    } else {
-      best.second = fmaxf(best.second, v);
-      best.sum += expf(v - best.first);
+  constexpr int64_t kStep = kTop1Parts * kSmallThreads;
+  for (int64_t first = thread_index(); first < n; first += kTop1Together * kStep) {
+    float v[kTop1Together];
+#pragma unroll
+    for (int j = 0; j < kTop1Together; ++j) {
+      const int64_t i = first + j * kStep;
+      v[j] = i < n ? row[i] : -INFINITY;
+    }
+#pragma unroll
+    for (int j = 0; j < kTop1Together; ++j) {
+      const int64_t i = first + j * kStep;
+      if (i >= n) break;
+      if (v[j] > best.first) {
+        best.sum = best.sum > 0.0f ? fmaf(best.sum, expf(best.first - v[j]), 1.0f) : 1.0f;
+        best.second = best.first;
+        best.first = v[j];
+        best.id = static_cast<int>(i);
+      } else {
+        best.second = fmaxf(best.second, v[j]);
+        best.sum += expf(v[j] - best.first);
+      }
     }
   }
   best = wave_merge(best);
