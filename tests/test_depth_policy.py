@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dflash_cpp import _core
-from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, moe, simulate
+from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, logit, moe, simulate
 
 SETTLED = 200  # rounds within which the policy has to have found its depth
 MEASURED = 400  # rounds judged after that
@@ -68,6 +68,17 @@ def test_text_changes(first: str, then: str, verify: str) -> None:
         loss, regret = np.median([settled(r, SETTLED + MEASURED) for r in runs], axis=0)
         cells.append((f"{first} to {then}, draft {draft}", float(loss), float(regret)))
     check(cells, LOSS, REGRET)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "verify", "draft"), [("strong", "poor", "moe-0.77", 0.1), ("weak", "none", "flat", 0.4)]
+)
+def test_confidences_that_stay_high_are_not_believed_for_long(first: str, then: str, verify: str, draft: float) -> None:
+    before, after = ACCEPTANCE[first], ACCEPTANCE[then]
+    shift = float(np.mean(logit(before[:3]) - logit(after[:3])))  # what the drafter says does not change
+    texts = [(Text(before), SETTLED + MEASURED), (Text(after, shift=shift), SETTLED + MEASURED)]
+    runs = [simulate(texts, VERIFY[verify], draft, seed=s) for s in range(3)]
+    assert np.median([settled(r, SETTLED + MEASURED)[0] for r in runs]) < 0.03
 
 
 def test_a_useless_drafter_is_parked_and_probed_ever_more_rarely() -> None:
