@@ -13,7 +13,7 @@
 // group after group, and the runs are then added in order. Every kernel for 1..16 rows does exactly this; more rows are
 // multiplied in 16-bit floats (many_rows.h).
 
-#include "backend/hip/gpu.h"
+#include "backend/hip/gpu_few.h"
 #include "quant/dtype.h"
 
 namespace dflash::hip {
