@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kTeamWaves = 2 * kSegments, kTeamThreads = kTeamWaves * gpu::kWave;
 constexpr int kBatch = 4;  // down tiles of half a block between two barriers
-// Of a wave's ring, half of what experts_stream has: more copies under way keep the first ones from coming (2 and 3
-// times as many were slower), and the next kernel's find room.
+// Of a wave's ring, half of what experts_stream has: more copies under way keep the first ones from coming, and the
+// next kernel's find room.
 template <typename F>
 constexpr int kTeamSlots = 6 / kChunk<F>;
 
