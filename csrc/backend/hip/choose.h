@@ -24,58 +24,27 @@ struct Choice {
 // What an expert is chosen by.
 __device__ inline uint32_t choice_key(float logit, float bias) { return ranking(sigmoid(logit) + bias); }
 
-// A lane's experts l, l + 32, ... in descending order of their keys, ties to the lowest id.
-struct LaneExperts {
-  uint32_t key[kExpertsPerLane];
-  int id[kExpertsPerLane];
-
-  __device__ explicit LaneExperts(const uint32_t (&keys)[kExpertsPerLane]) {
+// A wave: the top_k experts by their keys, ties to the lowest id, in descending order; lane i ends with the i-th. Lane
+// l has the keys of experts l, l + 32, ...
+__device__ inline int select_experts(uint32_t (&key)[kExpertsPerLane], int top_k) {
+  int mine = 0;
+  for (int slot = 0; slot < top_k; ++slot) {
+    uint32_t best = 0;
+    int at = 0;
 #pragma unroll
     for (int i = 0; i < kExpertsPerLane; ++i) {
-      key[i] = keys[i];
-      id[i] = i * gpu::kWave + gpu::lane();
+      if (key[i] > best) {
+        best = key[i];
+        at = i;
+      }
     }
-    static_assert(kExpertsPerLane == 8, "Batcher's network for eight");
-    constexpr int kPairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
-                                   {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+    const uint32_t most = gpu::wave_most(best);
+    const int id =
+        static_cast<int>(gpu::wave_least(best == most ? static_cast<uint32_t>(at * gpu::kWave + gpu::lane()) : ~0u));
 #pragma unroll
-    for (const auto& pair : kPairs) order(pair[0], pair[1]);
-  }
-
-  __device__ inline void drop_first(bool really) {
-#pragma unroll
-    for (int i = 0; i + 1 < kExpertsPerLane; ++i) {
-      key[i] = really ? key[i + 1] : key[i];
-      id[i] = really ? id[i + 1] : id[i];
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      if (id == i * gpu::kWave + gpu::lane()) key[i] = 0;
     }
-    if (really) key[kExpertsPerLane - 1] = 0;
-  }
-
- private:
-  __device__ inline void order(int a, int b) {
-    const bool swap = key[b] > key[a] || (key[b] == key[a] && id[b] < id[a]);
-    const uint32_t k = key[a];
-    const int i = id[a];
-    key[a] = swap ? key[b] : k;
-    id[a] = swap ? id[b] : i;
-    key[b] = swap ? k : key[b];
-    id[b] = swap ? i : id[b];
-  }
-};
-
-// A wave: the experts of slots [first, end), in descending order; lane i ends with slot i and keeps `mine` for earlier
-// ones. Those chosen leave the lists.
-__device__ inline int select_experts(LaneExperts& list, int end, int first = 0, int mine = 0) {
-  for (int slot = first; slot < end; ++slot) {
-    const uint32_t most = gpu::wave_most(list.key[0]);
-    uint32_t lanes = gpu::ballot(list.key[0] == most);
-    if ((lanes & (lanes - 1)) != 0) {  // equal keys: the lowest id
-      const uint32_t most_left =
-          gpu::wave_most(list.key[0] == most ? static_cast<uint32_t>(kMaxExperts - list.id[0]) : 0u);
-      lanes = gpu::ballot(list.key[0] == most && static_cast<uint32_t>(kMaxExperts - list.id[0]) == most_left);
-    }
-    const int id = gpu::shuffle(list.id[0], __ffs(static_cast<int>(lanes)) - 1);
-    list.drop_first((lanes >> gpu::lane() & 1u) != 0);
     if (gpu::lane() == slot) mine = id;
   }
   return mine;
@@ -102,7 +71,7 @@ __device__ inline float chosen_weight(const float (&logit)[kExpertsPerLane], int
   return slot_weight(chosen, top_k);
 }
 
-// A wave chooses one row's experts: lane i ends with slot i.
+// A wave chooses one row's experts: lane i ends with slot i. Lane l has the logits of experts l, l + 32, ...
 __device__ inline Choice choose_experts(const float (&logit)[kExpertsPerLane], const float* bias, int n_expert,
                                         int top_k) {
   uint32_t key[kExpertsPerLane];
@@ -111,8 +80,7 @@ __device__ inline Choice choose_experts(const float (&logit)[kExpertsPerLane], c
     const int e = gpu::lane() + i * gpu::kWave;
     key[i] = e < n_expert ? choice_key(logit[i], bias != nullptr ? bias[e] : 0.0f) : 0;
   }
-  LaneExperts list(key);
-  const int mine = select_experts(list, top_k);
+  const int mine = select_experts(key, top_k);
   return {mine, chosen_weight(logit, mine, top_k)};
 }
 

@@ -569,13 +569,22 @@ __device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs
 
 #endif
 
-// The largest v of a wave.
+// The largest and the smallest v of a wave.
 __device__ inline uint32_t wave_most(uint32_t v) {
 #if defined(DFLASH_GPU_HIP)
   for (int m = kWave / 2; m > 0; m >>= 1) v = max(v, shuffle_xor(v, m));
   return v;
 #else
   return __reduce_max_sync(0xffffffffu, v);
+#endif
+}
+
+__device__ inline uint32_t wave_least(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  for (int m = kWave / 2; m > 0; m >>= 1) v = min(v, shuffle_xor(v, m));
+  return v;
+#else
+  return __reduce_min_sync(0xffffffffu, v);
 #endif
 }
 

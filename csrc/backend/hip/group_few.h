@@ -56,8 +56,7 @@ __device__ inline void group_few(const FewChoice& c, float bias0, uint32_t* keys
       const int e = gpu::lane() + i * gpu::kWave;
       key[i] = e < c.n_expert ? keys[row * c.n_expert + e] : 0;
     }
-    LaneExperts list(key);
-    const int mine = select_experts(list, c.top_k), p = row * c.top_k + gpu::lane();
+    const int mine = select_experts(key, c.top_k), p = row * c.top_k + gpu::lane();
     if (gpu::lane() < c.top_k) {
       g.chosen[p] = static_cast<int16_t>(mine);
       if (c.rows == 1) {
