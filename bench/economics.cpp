@@ -4,7 +4,7 @@
 // costs, the distinct experts of each width and what a depth needs to break even.
 //
 //   economics [--backend cpu|hip] [--layers 62] [--vocab 200064] [--tokens 128] [--rounds 5] [--accept .638,.373,...]
-//   [--gain G]
+//   [--gain G] [--draft-head target|q8_0|q4_0]
 //
 // --gain: branch_gain, which sets how many experts rows share (see SyntheticOptions).
 
@@ -25,7 +25,7 @@ using namespace dflash;
 namespace {
 
 struct Options {
-  std::string backend = "auto";
+  std::string backend = "auto", draft_head = "target";
   int layers = 62, vocab = 200064, tokens = 128, rounds = 5, threads = 0;
   float gain = 1.0f;
   std::vector<double> accept{0.638, 0.373, 0.191, 0.087};
@@ -43,6 +43,8 @@ Options parse(int argc, char** argv) {
       for (std::string part; std::getline(in, part, ',');) o.accept.push_back(std::atof(part.c_str()));
     } else if (name == "--layers") {
       o.layers = std::atoi(value.c_str());
+    } else if (name == "--draft-head") {
+      o.draft_head = value;
     } else if (name == "--gain") {
       o.gain = static_cast<float>(std::atof(value.c_str()));
     } else if (name == "--vocab") {
@@ -104,10 +106,17 @@ int main(int argc, char** argv) try {
   const DrafterConfig drafter = l3h5(target);
   SyntheticOptions synthetic;
   synthetic.branch_gain = o.gain;
+  if (o.draft_head == "q4_0") {
+    synthetic.draft_head = DType::Q4_0;
+  } else if (o.draft_head == "q8_0") {
+    synthetic.draft_head = DType::Q8_0;
+  } else if (o.draft_head != "target") {
+    fail("economics: --draft-head: 'target', 'q8_0' or 'q4_0' expected, found '", o.draft_head, "'");
+  }
   const auto model = Model::synthetic(target, &drafter, synthetic, options, 1);
   std::printf("%s; %d layers, %.2f GB read for one token, drafter %.2f GB\n", model->backend->describe().c_str(),
               o.layers, static_cast<double>(model->target->bytes_per_token()) * 1e-9,
-              static_cast<double>(model->drafter->weight_bytes() + model->target->head().bytes()) * 1e-9);
+              static_cast<double>(model->drafter->weight_bytes() + model->drafter->head().bytes()) * 1e-9);
   std::vector<int32_t> prompt;
   for (int i = 0; i < 256; ++i)
     prompt.push_back(static_cast<int32_t>(uniform_at(5, static_cast<uint64_t>(i)) * o.vocab));

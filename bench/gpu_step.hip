@@ -132,6 +132,7 @@ class Bench {
     }
     embedding_ = w(DType::Q8_0, s_.n_embd, s_.n_vocab);
     head_ = w(DType::Q8_0, s_.n_embd, s_.n_vocab);
+    draft_head_ = w(DType::Q4_0, s_.n_embd, s_.n_vocab);
     const int dq = d_.n_head * d_.head_dim, dkv = d_.n_head_kv * d_.head_dim;
     for (int i = 0; i < d_.n_layer; ++i) {
       DraftLayer l;
@@ -221,8 +222,8 @@ class Bench {
     b_->rms_norm(x_.as<float>(), tens_.as<float>(), 1e-6f, rows, s_.n_embd, x_.as<float>());
   }
 
-  void head(int first, int rows) {
-    const MatmulOut out{&head_, logits_.as<float>()};
+  void head(const Weight& w, int first, int rows) {
+    const MatmulOut out{&w, logits_.as<float>()};
     b_->norm_matmul(x_.as<float>() + static_cast<int64_t>(first) * s_.n_embd, ones_.as<float>(), 1e-6f, rows, &out, 1);
   }
 
@@ -283,7 +284,7 @@ class Bench {
       const Step st{rows, pos0};
       step(static_cast<uint64_t>(rows), st, [&] {
         forward(st);
-        head(0, rows);
+        head(head_, 0, rows);
       });
       b_->top1(logits_.as<float>(), rows, s_.n_vocab, best);
     };
@@ -365,16 +366,23 @@ class Bench {
   }
 
   void draft() {
+    draft_round("draft 4 slots, ingest 2", head_, 1000);
+    draft_round("draft 4 slots, its own Q4_0 head", draft_head_, 1005);
+    draft_parts();
+  }
+
+  // One round with a head; key names its recorded steps.
+  void draft_round(const char* name, const Weight& head_used, uint64_t key) {
     const int rows = d_.slots + 1, pos0 = 128;
     const Step st{rows, pos0}, taken{2, pos0 - 2};  // two committed tokens are taken in
     Top1 best[16];
     auto one = [&] {
-      step(1000, taken, [&] { ingest(taken); });
+      step(key, taken, [&] { ingest(taken); });
       random_tokens(rows);
-      step(1001, st, [&] {
+      step(key + 1, st, [&] {
         b_->embed(embedding_, tokens_.as<int32_t>(), rows, x_.as<float>());
         for (const DraftLayer& l : draft_layers_) draft_ops(l, st);
-        head(1, d_.slots);
+        head(head_used, 1, d_.slots);
       });
       b_->top1(logits_.as<float>(), d_.slots, s_.n_vocab, best);
     };
@@ -387,9 +395,14 @@ class Bench {
     }
     char notes[96];
     std::snprintf(notes, sizeof(notes), "%.1f%% of a one-row step of this many layers", 100.0 * t / t1_);
-    line("draft 4 slots, ingest 2", t, static_cast<double>(fc_.bytes() + head_.bytes()) + kv + layer, notes);
+    line(name, t, static_cast<double>(fc_.bytes() + head_used.bytes()) + kv + layer, notes);
+  }
 
-    // What it is made of, ten times each in a recorded step.
+  // What a round is made of, ten times each in a recorded step.
+  void draft_parts() {
+    const Step st{d_.slots + 1, 128}, taken{2, 126};
+    double kv = 0.0;
+    for (const DraftLayer& l : draft_layers_) kv += static_cast<double>(l.k.bytes() + l.v.bytes());
     auto part = [&](const char* name, uint64_t key, double bytes, auto ops) {
       auto ten = [&] {
         step(key, st, [&] {
@@ -461,7 +474,7 @@ class Bench {
     auto one = [&] {
       random_tokens(rows);
       forward(st);
-      head(rows - 1, 1);
+      head(head_, rows - 1, 1);
       sync();
     };
     const double t = median(5, one);
@@ -510,7 +523,7 @@ class Bench {
     }
     for (int rows : {1, 4}) {
       auto one = [&] {
-        step(static_cast<uint64_t>(3000 + rows), {rows, 0}, [&] { head(0, rows); });
+        step(static_cast<uint64_t>(3000 + rows), {rows, 0}, [&] { head(head_, 0, rows); });
         sync();
       };
       char what[64];
@@ -527,7 +540,7 @@ class Bench {
   uint64_t state_ = 1;
   std::vector<Layer> layers_;
   std::vector<DraftLayer> draft_layers_;
-  Weight embedding_, head_, fc_;
+  Weight embedding_, head_, draft_head_, fc_;
   Buffer tokens_, ones_, tens_, zeros_, inv_freq_, x_, q_, k_, v_, attn_, logits_, taps_;
 };
 

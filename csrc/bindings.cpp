@@ -142,6 +142,8 @@ py::dict drafter_dict(const DFlashDrafter& m) {
   d["causal"] = c.causal;
   d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
+  d["head_type"] = std::string(dtype_info(m.head().type).name);
+  d["head_bytes"] = m.head().bytes();
   return d;
 }
 
@@ -323,7 +325,8 @@ void bind_model(py::module_& m) {
       .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
                        int n_threads, bool precise, const std::string& cpu_isa, bool repack, const std::string& numa,
                        const py::object& progress, int tap_shift, std::optional<int32_t> mask_token_id,
-                       std::optional<int> n_ctx, const std::string& kv_type, int n_batch) {
+                       std::optional<int> n_ctx, const std::string& kv_type, int n_batch,
+                       const std::string& draft_head) {
              BackendOptions options;
              options.name = backend;
              options.n_threads = n_threads;
@@ -332,29 +335,30 @@ void bind_model(py::module_& m) {
              options.repack = repack;
              options.numa = numa;
              const Progress report = wrap_progress(progress);
-             const DrafterOverrides overrides{tap_shift, mask_token_id.value_or(-1)};
+             const DrafterOptions drafting{draft_head, tap_shift, mask_token_id.value_or(-1)};
              SessionOptions planned;
              planned.n_ctx = n_ctx.value_or(0);
              planned.kv_type = kv_type;
              planned.n_batch = n_batch;
              py::gil_scoped_release release;
-             return Model::load(target, drafter.value_or(""), options, report, overrides, n_ctx ? &planned : nullptr);
+             return Model::load(target, drafter.value_or(""), options, report, drafting, n_ctx ? &planned : nullptr);
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,
            py::arg("numa") = "auto", py::arg("progress") = py::none(), py::arg("tap_shift") = 0,
            py::arg("mask_token_id") = py::none(), py::arg("n_ctx") = py::none(), py::arg("kv_type") = "auto",
-           py::arg("n_batch") = 512)
+           py::arg("n_batch") = 512, py::arg("draft_head") = "target")
       .def_static(
           "synthetic",
           [](const py::dict& target, const py::object& drafter, const std::string& matrices, const std::string& head,
-             const std::string& drafter_matrices, float branch_gain, const std::string& backend, int n_threads,
-             const std::string& cpu_isa, uint64_t seed) {
+             const std::string& drafter_matrices, const std::optional<std::string>& draft_head, float branch_gain,
+             const std::string& backend, int n_threads, const std::string& cpu_isa, uint64_t seed) {
             BackendOptions options;
             options.name = backend;
             options.n_threads = n_threads;
             options.cpu_isa = cpu_isa;
             const SyntheticOptions synthetic{dtype_named(matrices), dtype_named(head), dtype_named(drafter_matrices),
+                                             draft_head ? std::optional(dtype_named(*draft_head)) : std::nullopt,
                                              branch_gain};
             const TargetConfig shape = target_shape(target);
             std::optional<DrafterConfig> drafter_config;
@@ -363,8 +367,9 @@ void bind_model(py::module_& m) {
             return Model::synthetic(shape, drafter_config ? &*drafter_config : nullptr, synthetic, options, seed);
           },
           py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("matrices") = "Q4_0",
-          py::arg("head") = "Q8_0", py::arg("drafter_matrices") = "Q8_0", py::arg("branch_gain") = 1.0f,
-          py::arg("backend") = "auto", py::arg("n_threads") = 0, py::arg("cpu_isa") = "auto", py::arg("seed") = 1)
+          py::arg("head") = "Q8_0", py::arg("drafter_matrices") = "Q8_0", py::arg("draft_head") = py::none(),
+          py::arg("branch_gain") = 1.0f, py::arg("backend") = "auto", py::arg("n_threads") = 0,
+          py::arg("cpu_isa") = "auto", py::arg("seed") = 1)
       .def_property_readonly("target_config", [](const Model& model) { return target_dict(*model.target); })
       .def_property_readonly("drafter_config",
                              [](const Model& model) -> py::object {

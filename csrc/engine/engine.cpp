@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "engine/memory_need.h"
+#include "model/draft_head.h"
 #ifdef DFLASH_WITH_GPU
 #include "backend/hip/hip_backend.h"
 #endif
@@ -38,7 +39,7 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
 
 std::shared_ptr<Model> Model::load(const std::string& target_path, const std::string& drafter_path,
                                    const BackendOptions& options, const Progress& progress,
-                                   const DrafterOverrides& overrides, const SessionOptions* planned) {
+                                   const DrafterOptions& drafting, const SessionOptions* planned) {
   // Both directories are read and compared before any weight is loaded.
   const std::shared_ptr<const Gguf> target = Gguf::open(target_path);
   const std::shared_ptr<const Gguf> drafter = drafter_path.empty() ? nullptr : Gguf::open(drafter_path);
@@ -46,22 +47,27 @@ std::shared_ptr<Model> Model::load(const std::string& target_path, const std::st
   DrafterConfig drafter_config;
   if (drafter) {
     drafter_config = read_drafter_config(*drafter);
-    for (int& layer : drafter_config.target_layers) layer += overrides.tap_shift;
-    if (overrides.mask_token_id >= 0) drafter_config.mask_token_id = overrides.mask_token_id;
+    for (int& layer : drafter_config.target_layers) layer += drafting.tap_shift;
+    if (drafting.mask_token_id >= 0) drafter_config.mask_token_id = drafting.mask_token_id;
     check_pair(target_config, drafter_config);
   }
+
+  // Precise mode is the reference, and weights used where they lie are there to open at once: auto copies for neither.
+  std::optional<DType> head_copy = draft_head_type(drafting.head, *target, !options.precise && options.repack);
+  if (!drafter) head_copy.reset();
 
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
   m->precise = options.precise;
   const MemoryNeed need = memory_need(
       *target, target_config, drafter.get(), drafter ? &drafter_config : nullptr,
-      [&](const HostTensor& t) { return m->backend->weight_bytes(t); }, planned, options.precise);
+      [&](const HostTensor& t) { return m->backend->weight_bytes(t); }, planned, options.precise, head_copy);
   const std::string problem = memory_problem(need, m->backend->memory(), m->backend->describe());
   if (!problem.empty() && !m->backend->pages()) throw CapacityError(problem);
   m->memory_warning = problem;
   m->target = MiniMaxM2::load(target, *m->backend, progress);
   if (drafter) m->drafter = DFlashDrafter::load(drafter, drafter_config, *m->target, *m->backend, progress);
+  if (head_copy) m->drafter->set_head(load_draft_head(*target, *head_copy, *m->backend, progress));
   m->backend->loaded();
   return m;
 }
@@ -75,6 +81,10 @@ std::shared_ptr<Model> Model::synthetic(const TargetConfig& target, const Drafte
   if (drafter != nullptr) {
     check_pair(target, *drafter);
     m->drafter = DFlashDrafter::random(*drafter, *m->target, synthetic.drafter, *m->backend, seed + 1000003);
+    if (synthetic.draft_head) {
+      m->drafter->set_head(
+          m->backend->random_weight(*synthetic.draft_head, target.n_embd, target.n_vocab, 1, seed + 2000003));
+    }
   }
   return m;
 }

@@ -3,6 +3,7 @@
 // A backend keeps scratch memory of its own, so sessions of one Model take turns (Python holds a lock).
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "backend/backend.h"
@@ -12,8 +13,9 @@
 
 namespace dflash {
 
-// Replaces what the drafter's file says; selftest tries the neighbours of the truth with it.
-struct DrafterOverrides {
+struct DrafterOptions {
+  std::string head = "target";  // which head it drafts with: "target" | "q8_0" | "q4_0" | "auto" (draft_head.h)
+  // Replace what the drafter's file says; selftest tries the neighbours of the truth with them.
   int tap_shift = 0;           // added to every entry of target_layers
   int32_t mask_token_id = -1;  // -1: the file's
 };
@@ -23,6 +25,7 @@ struct SyntheticOptions {
   DType matrices = DType::Q4_0;
   DType head = DType::Q8_0;  // and embedding
   DType drafter = DType::Q8_0;
+  std::optional<DType> draft_head{};  // none: the drafter borrows the target's
   // Weight of the layers' input norms. At 1 random layers drown what a row started from, rows grow alike layer by
   // layer and share their experts; smaller, rows stay apart and wake experts of their own.
   float branch_gain = 1.0f;
@@ -40,7 +43,7 @@ struct Model {
   // alone). Throws Error naming the file and what is wrong, CapacityError before loading what a GPU cannot hold.
   static std::shared_ptr<Model> load(const std::string& target_path, const std::string& drafter_path,
                                      const BackendOptions& options, const Progress& progress,
-                                     const DrafterOverrides& overrides = {}, const SessionOptions* planned = nullptr);
+                                     const DrafterOptions& drafting = {}, const SessionOptions* planned = nullptr);
   // drafter may be null.
   static std::shared_ptr<Model> synthetic(const TargetConfig& target, const DrafterConfig* drafter,
                                           const SyntheticOptions& synthetic, const BackendOptions& options,

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/units.h"
 #include "engine/engine.h"
+#include "model/draft_head.h"
 #include "model/kv_cache.h"
 #include "model/weights.h"
 
@@ -41,7 +42,7 @@ size_t MemoryNeed::total() const {
 
 MemoryNeed memory_need(const Gguf& target, const TargetConfig& t, const Gguf* drafter, const DrafterConfig* d,
                        const std::function<size_t(const HostTensor&)>& weight_bytes, const SessionOptions* session,
-                       bool precise) {
+                       bool precise, std::optional<DType> draft_head) {
   MemoryNeed need;
   const auto weights = [&](const Gguf& file, const char* name) {
     size_t sum = 0;
@@ -60,6 +61,10 @@ MemoryNeed memory_need(const Gguf& target, const TargetConfig& t, const Gguf* dr
   };
   weights(target, "target weights");
   if (drafter != nullptr) weights(*drafter, "drafter weights");
+  if (draft_head) {
+    need.draft_head = weight_bytes(draft_head_tensor(target, *draft_head));
+    need.parts.push_back({cat("draft head (", dtype_info(*draft_head).name, ")"), need.draft_head});
+  }
   if (session == nullptr) return need;
 
   const DType type = kv_dtype(session->kv_type, precise);
@@ -108,6 +113,10 @@ std::string memory_problem(const MemoryNeed& need, const MemoryInfo& memory, con
   if (need.head_q4_0 > 0 && need.head_q4_0 < need.head) {
     const size_t saved = need.head - need.head_q4_0;
     help.push_back(cat("a Q4_0 head (saves ", human_bytes(saved), saved >= lack ? ", enough)" : ")"));
+  }
+  if (need.draft_head > 0) {
+    help.push_back(
+        cat("draft_head='target' (saves ", human_bytes(need.draft_head), need.draft_head >= lack ? ", enough)" : ")"));
   }
   if (need.n_ctx > 0 && total - need.cache >= memory.free) {
     help.push_back(cat("weights and working memory alone are ", human_bytes(total - need.cache - memory.free),

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,14 +26,15 @@ struct MemoryNeed {
   int n_ctx = 0;
   size_t cache = 0, cache_q8_0 = 0;  // both caches with kv_type as asked, and with q8_0
   size_t head = 0, head_q4_0 = 0;    // as it is, and as Q4_0
+  size_t draft_head = 0;             // the drafter's copy of it
 };
 
 // weight_bytes says what a tensor will take in memory (Backend::weight_bytes). drafter may be null. Without a session
-// (null) only the weights count.
+// (null) only the weights count. draft_head: the type of the drafter's copy of the head, if it has one.
 MemoryNeed memory_need(const Gguf& target, const TargetConfig& target_config, const Gguf* drafter,
                        const DrafterConfig* drafter_config,
                        const std::function<size_t(const HostTensor&)>& weight_bytes, const SessionOptions* session,
-                       bool precise);
+                       bool precise, std::optional<DType> draft_head = std::nullopt);
 
 // "" when need fits into what is free; else each part, how much is missing, and what would help, with figures.
 std::string memory_problem(const MemoryNeed& need, const MemoryInfo& memory, const std::string& backend);

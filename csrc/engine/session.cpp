@@ -48,7 +48,7 @@ CostPrior byte_model(const Model& m) {
     prior.verify.push_back((all - experts + experts * std::min(std::pow(w, 0.75), most)) / all);
   }
   if (m.drafter) {
-    prior.draft = static_cast<double>(m.drafter->weight_bytes() + m.target->head().bytes()) / all;
+    prior.draft = static_cast<double>(m.drafter->weight_bytes() + m.drafter->head().bytes()) / all;
   }
   return prior;
 }

@@ -166,8 +166,8 @@ void DFlashDrafter::draft(Backend& backend, Scratch& s, int32_t anchor, int pos,
     ffn.down = &l.down;
     backend.ffn(ffn, rows, s.x);
   }
-  const MatmulOut head{&target_->head(), logits};
-  backend.norm_matmul(s.x + c.n_embd, f32(output_norm_), c.eps, n, &head, 1);
+  const MatmulOut out{&head(), logits};
+  backend.norm_matmul(s.x + c.n_embd, f32(output_norm_), c.eps, n, &out, 1);
   backend.end_step();
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // DFlash v1 block drafter (z-lab dflash; arXiv 2602.06036). Two functions: ingest() turns the target's taps of
 // committed tokens into cached K/V, draft() runs [anchor, mask x n] against that context and predicts every slot at
-// its own position. Embedding and head are the target's.
+// its own position. Embedding and head are the target's, or a smaller copy of that head (draft_head.h).
 
 #include <memory>
 #include <vector>
@@ -45,7 +45,9 @@ class DFlashDrafter {
                                                Backend& backend, uint64_t seed);
 
   const DrafterConfig& config() const { return config_; }
-  size_t weight_bytes() const;
+  size_t weight_bytes() const;                                                                    // without the head
+  const Weight& head() const { return own_head_.data != nullptr ? own_head_ : target_->head(); }  // [n_vocab, n_embd]
+  void set_head(Weight head) { own_head_ = std::move(head); }
 
   // Projects taps [step.rows, n_taps * n_embd] of committed tokens to K/V at their own positions.
   void ingest(Backend& backend, Scratch& s, Step step, const float* taps, const KvCache& kv) const;
@@ -64,6 +66,7 @@ class DFlashDrafter {
   Weight fc_;           // [n_embd, n_taps * n_embd]
   Weight hidden_norm_;  // [n_embd]
   Weight output_norm_;  // [n_embd]
+  Weight own_head_;     // empty: the target's
   Weight inv_freq_;
   std::vector<Layer> layers_;
 };

@@ -69,10 +69,12 @@ class Model:
         n_ctx: int | None = None,
         kv_type: str = "auto",
         n_batch: int = 512,
+        draft_head: str = "target",
     ) -> None:
         """progress(stage, done_bytes, total_bytes) is called while weights are loaded. tap_shift and mask_token_id
         override the drafter's metadata (selftest tries the neighbours with them). n_ctx, kv_type, n_batch: of the
-        session that will be opened, so that its memory is counted before loading (None: weights alone)."""
+        session that will be opened, so that its memory is counted before loading (None: weights alone).
+        draft_head: which head the drafter uses, see `EngineOptions`."""
     @staticmethod
     def synthetic(
         target: dict[str, int | float],
@@ -81,6 +83,7 @@ class Model:
         matrices: str = "Q4_0",
         head: str = "Q8_0",
         drafter_matrices: str = "Q8_0",
+        draft_head: str | None = None,
         branch_gain: float = 1.0,
         backend: str = "auto",
         n_threads: int = 0,
@@ -90,6 +93,7 @@ class Model:
         """A model of any shape with random weights, made in backend memory. target: n_layer, n_embd, n_head,
         n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab (optional rope_theta, rms_eps);
         drafter: n_layer, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers (optional rope_theta).
+        draft_head: type of a head of the drafter's own (None: it borrows the target's).
         branch_gain: weight of the layers' input norms; at 1 random rows grow alike and share experts, smaller
         leaves each row experts of its own (look at experts_by_width)."""
     @property
@@ -99,7 +103,7 @@ class Model:
     @property
     def drafter_config(self) -> dict[str, Any] | None:
         """n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers, mask_token_id, rope_theta,
-        sliding_window, weight_bytes."""
+        sliding_window, weight_bytes (without the head), head_type and head_bytes (of the head it drafts with)."""
     @property
     def backend(self) -> str:
         """ "cpu" or "hip"."""

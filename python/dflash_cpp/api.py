@@ -305,6 +305,7 @@ class Engine:
             n_ctx=self.options.n_ctx,
             kv_type=self.options.kv_type,
             n_batch=self.options.n_batch,
+            draft_head=self.options.draft_head,
         )
         """The compiled model: configurations and backend."""
         if self.model.memory_warning:

@@ -24,6 +24,7 @@ LogitsHook = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
 
 BACKENDS: Final = ("auto", "cpu", "hip")
 KV_TYPES: Final = ("auto", "f16", "q8_0", "f32")
+DRAFT_HEADS: Final = ("auto", "target", "q8_0", "q4_0")
 NUMA: Final = ("auto", "off", "interleave")
 MAX_SEED: Final = 2**63 - 1
 
@@ -40,6 +41,7 @@ class EngineKwargs(TypedDict, total=False):
     cpu_isa: str
     repack: bool
     numa: str
+    draft_head: str
     progress: LoadProgress | None
 
 
@@ -108,6 +110,9 @@ class EngineOptions:
         several processes share them, what does not fit is read again, and steps are slower (docs/performance.md).
     numa: memory on machines with several NUMA nodes: "interleave" it over those the threads may run on, "off" (where
         it is first touched) or "auto" (interleave when there is more than one).
+    draft_head: the output head the drafter uses: "target" (the target's own), or a copy of it rounded to "q8_0" or
+        "q4_0", which is read faster. "auto": q4_0 where that is smaller, "target" in precise mode and without
+        `repack`. Drafts are only proposals, so this changes how many stand and what they cost, never the answer.
     progress: called with (stage, done bytes, total bytes) while weights are loaded.
     """
 
@@ -120,6 +125,7 @@ class EngineOptions:
     cpu_isa: str = "auto"
     repack: bool = True
     numa: str = "auto"
+    draft_head: str = "auto"
     progress: LoadProgress | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +139,7 @@ class EngineOptions:
         _check_choice("cpu_isa", self.cpu_isa, ("auto", *_core.cpu_isas()))
         _check_bool("repack", self.repack)
         _check_choice("numa", self.numa, NUMA)
+        _check_choice("draft_head", self.draft_head, DRAFT_HEADS)
         if self.progress is not None and not callable(self.progress):
             raise _fail("progress", "a function of (stage, done, total) or None", self.progress)
 

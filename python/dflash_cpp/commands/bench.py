@@ -48,6 +48,7 @@ def add(subparsers: common.Subparsers) -> None:
     source.add_argument("--backend", choices=BACKENDS, default="auto")
     source.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all usable cores)")
     source.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
+    common.add_draft_head_flag(source)
     group = parser.add_argument_group("measurement")
     group.add_argument("--depths", type=comma_list(common.depth_value), default=None, metavar="N,...,auto",
                        help="beside plain decoding (default: 1,2,3,4,7,15,auto)")  # fmt: skip
@@ -73,12 +74,15 @@ def load_model(args: argparse.Namespace) -> _core.Model:
         raise DFlashError("expected either --target or --synthetic")
     if args.synthetic is not None:
         target, drafter = benchmark.synthetic_shape(args.synthetic)
-        return _core.Model.synthetic(target, drafter, backend=args.backend, n_threads=args.threads)
+        own_head = {"auto": "Q4_0", "q4_0": "Q4_0", "q8_0": "Q8_0", "target": None}[args.draft_head]
+        return _core.Model.synthetic(
+            target, drafter, draft_head=own_head, backend=args.backend, n_threads=args.threads
+        )  # fmt: skip
     drafter_path = None if args.drafter is None else check_path("drafter", args.drafter)
     with common.byte_progress(common.stderr_console()) as progress:
         return _core.Model(
             check_path("target", args.target), drafter_path, backend=args.backend, n_threads=args.threads,
-            progress=progress, kv_type=args.kv_type,
+            progress=progress, kv_type=args.kv_type, draft_head=args.draft_head,
             n_ctx=2 * (max(args.contexts, default=1) + args.max_tokens),  # a session of fixed depths and one of auto
         )  # fmt: skip
 

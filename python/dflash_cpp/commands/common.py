@@ -23,7 +23,7 @@ from rich.progress import (
 
 from ..api import Engine
 from ..errors import DFlashError
-from ..options import BACKENDS, KV_TYPES, NUMA, EngineOptions, GenerateOptions
+from ..options import BACKENDS, DRAFT_HEADS, KV_TYPES, NUMA, EngineOptions, GenerateOptions
 
 if TYPE_CHECKING:
     from ..options import GenerateKwargs
@@ -83,6 +83,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
     group.add_argument("--no-repack", action="store_true", help="use the weights where the file is mapped: slower")
     group.add_argument("--numa", choices=NUMA, default=d.numa, help="memory over NUMA nodes (default: %(default)s)")
+    add_draft_head_flag(group)
+
+
+def add_draft_head_flag(group: argparse._ArgumentGroup) -> None:
+    """--draft-head."""
+    group.add_argument(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        default=EngineOptions().draft_head,
+        help="head to draft with: the target's, or a smaller copy of it (default: %(default)s)",
+    )
 
 
 def add_generate_flags(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
@@ -163,6 +174,7 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
             cpu_isa=args.cpu_isa,
             repack=not args.no_repack,
             numa=args.numa,
+            draft_head=args.draft_head,
             progress=progress,
         )
 

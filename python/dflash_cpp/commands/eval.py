@@ -23,7 +23,7 @@ def add(subparsers: common.Subparsers) -> None:
     summary = "the acceptance table of a drafter on sequences that the target wrote"
     parser = common.add_command(subparsers, "eval", run, summary, _EXAMPLES)
     common.add_engine_flags(parser)
-    parser.set_defaults(n_ctx=None)  # what the data needs
+    parser.set_defaults(n_ctx=None, draft_head="target")  # what the data needs; what cards evaluate
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".npy, .jsonl, .safetensors or text")
     parser.add_argument("--anchors", type=int, default=6, metavar="N", help="blocks a sequence (default: %(default)s)")
     parser.add_argument(
