@@ -62,16 +62,17 @@ std::string readable_name(const std::string& mangled) {
 std::string counts_table(const std::vector<const Kernel*>& kernels) {
   std::string table = "| kernel | launches |";
   for (const Column& c : columns()) table += std::string(" ") + c.name + " |";
-  table += " bytes loaded | bytes stored |\n|---|";
-  for (size_t i = 0; i < columns().size() + 3; i++) table += "---|";
+  table += " bytes loaded | bytes stored | misaligned |\n|---|";
+  for (size_t i = 0; i < columns().size() + 4; i++) table += "---|";
   table += "\n";
   for (const Kernel* k : kernels) {
     if (k->launches == 0) continue;
     std::vector<uint64_t> sums(static_cast<size_t>(Class::kCount), 0);
-    uint64_t in_bytes = 0, out_bytes = 0;
+    uint64_t in_bytes = 0, out_bytes = 0, misaligned = 0;
     for (size_t i = 0; i < k->times.size(); i++) {
       const Instruction& in = k->code[i];
       sums[static_cast<size_t>(in.klass)] += k->times[i];
+      misaligned += k->misaligned[i];
       if (in.klass == Class::kLoad) in_bytes += k->lanes[i] * bytes_of(in);
       if (in.klass == Class::kStore) out_bytes += k->lanes[i] * bytes_of(in);
     }
@@ -81,7 +82,8 @@ std::string counts_table(const std::vector<const Kernel*>& kernels) {
       for (Class klass : c.classes) n += sums[static_cast<size_t>(klass)];
       table += " " + human(static_cast<double>(n)) + " |";
     }
-    table += " " + human(static_cast<double>(in_bytes)) + " | " + human(static_cast<double>(out_bytes)) + " |\n";
+    table += " " + human(static_cast<double>(in_bytes)) + " | " + human(static_cast<double>(out_bytes)) + " | " +
+             human(static_cast<double>(misaligned)) + " |\n";
   }
   return table;
 }

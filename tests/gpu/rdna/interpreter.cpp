@@ -184,8 +184,10 @@ void Interpreter::run(const Launch& launch, const std::vector<Region>& memory, c
   const auto work = [&](Worker& worker) {
     worker.times.assign(k.code.size(), 0);
     worker.lanes.assign(k.code.size(), 0);
+    worker.misaligned.assign(k.code.size(), 0);
     worker.group.times = worker.times.data();
     worker.group.lanes = worker.lanes.data();
+    worker.group.misaligned = worker.misaligned.data();
     worker.group.regions = memory;
     worker.group.last = {1, 0, false};
     worker.group.check_waits = options.check_waits;
@@ -205,10 +207,12 @@ void Interpreter::run(const Launch& launch, const std::vector<Region>& memory, c
   k.launches++;
   k.times.resize(k.code.size());
   k.lanes.resize(k.code.size());
+  k.misaligned.resize(k.code.size());
   for (uint32_t i = 0; i < n; i++) {
     for (size_t c = 0; c < k.code.size(); c++) {
       k.times[c] += workers_[i]->times[c];
       k.lanes[c] += workers_[i]->lanes[c];
+      k.misaligned[c] += workers_[i]->misaligned[c];
     }
   }
   if (!error.empty()) fault(error);

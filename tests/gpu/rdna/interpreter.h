@@ -14,7 +14,7 @@ struct Options {
   bool reverse_waves = false;   // of a group, between two barriers
   bool reverse_groups = false;
   bool check_waits = true;      // a register that an outstanding load still writes
-  bool check_alignment = true;
+  bool check_alignment = false;
   int threads = 0;              // of the host; 0: all
 };
 
@@ -34,7 +34,7 @@ class Interpreter {
   struct Worker {
     std::vector<std::unique_ptr<Wave>> waves;
     Group group;
-    std::vector<uint64_t> times, lanes;
+    std::vector<uint64_t> times, lanes, misaligned;
   };
   void run_group(Worker& worker, const Launch& launch, uint32_t number, const Options& options);
   std::vector<std::unique_ptr<Worker>> workers_;

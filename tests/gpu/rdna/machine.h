@@ -127,8 +127,9 @@ struct Group {
   uint32_t id[3] = {0, 0, 0};
   uint64_t* times = nullptr;         // [instructions] how often each ran
   uint64_t* lanes = nullptr;         // [instructions] lanes of memory instructions
+  uint64_t* misaligned = nullptr;    // [instructions] of those, the misaligned
   bool check_waits = true;
-  bool check_alignment = true;
+  bool check_alignment = false;
 
   // The host's address of `bytes` at a device address; a fault where no allocation is.
   uint8_t* global(uint64_t address, uint32_t bytes, bool write) {
@@ -179,7 +180,7 @@ struct Kernel {
   std::vector<Instruction> code;  // empty until the first launch
   uint64_t image = 0;             // host address of the loaded code object's address 0
   uint64_t launches = 0;
-  std::vector<uint64_t> times, lanes;
+  std::vector<uint64_t> times, lanes, misaligned;  // [instructions]
 
   uint32_t index_of(uint64_t address) const;  // faults when no instruction is there
 };

@@ -44,8 +44,11 @@ struct Access {
       fault("lane ", std::to_string(l), ": ", f.what());
     }
   }
+  // ROCm runs with unaligned access allowed, and the compiler joins narrow accesses: it is counted, or a fault on demand.
   void align(uint64_t address, uint32_t bytes, uint32_t to) const {
-    if (w.group->check_alignment && to > 1 && address % std::bit_ceil(to) != 0) {
+    if (to <= 1 || address % std::bit_ceil(to) == 0) return;
+    w.group->misaligned[in.index]++;
+    if (w.group->check_alignment) {
       fault("address ", hex(address), " of ", std::to_string(bytes), " bytes is not aligned to ", std::to_string(std::bit_ceil(to)));
     }
   }
