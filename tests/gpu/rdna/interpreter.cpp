@@ -50,6 +50,9 @@ void set_initial_registers(Wave& w, const Launch& launch) {
 void check_waits(const Wave& w, const Instruction& in) {
   const bool vector = in.uses.meets(w.vector_loads.pending) || (in.counter != Instruction::kVectorLoad && in.counter != Instruction::kFlat && in.defines.meets(w.vector_loads.pending));
   const bool other = in.uses.meets(w.other_loads.pending) || (in.counter == Instruction::kVectorLoad && in.defines.meets(w.other_loads.pending));
+  if (in.klass == Class::kBarrier && std::any_of(w.other_loads.entries.begin(), w.other_loads.entries.end(), [](const auto& e) { return !e.scalar; })) {
+    fault("a barrier before the wave's accesses of LDS are done (lgkmcnt)");
+  }
   if (vector || other) fault("a register that an outstanding load still writes (", vector ? "vmcnt" : "lgkmcnt", ")");
 }
 
@@ -124,6 +127,22 @@ void Group::find(uint64_t address, uint32_t bytes, bool write) {
   fault(write ? "writes " : "reads ", std::to_string(bytes), " bytes at ", hex(address), ", ", where);
 }
 
+void Group::check_race(uint32_t wave, uint32_t address, uint32_t bytes, Touch touch) {
+  // what each way of touching a byte may not meet of another wave's
+  static constexpr bool kConflicts[3][3] = {{false, true, true}, {true, true, true}, {true, true, false}};
+  static constexpr const char* kNames[3] = {"reads", "writes", "adds to"};
+  for (uint32_t b = address; b < address + bytes; b++) {
+    uint32_t* by = touched[b].by;
+    for (int other = 0; other < 3; other++) {
+      if (kConflicts[touch][other] && by[other] >> 8 == phase && (by[other] & 255) != wave) {
+        fault("race: wave ", std::to_string(wave), " ", kNames[touch], " byte ", std::to_string(b), " of LDS, which ",
+              (by[other] & 255) == 255 ? "several waves" : "wave " + std::to_string(by[other] & 255), " ", kNames[other], " too, with no barrier between");
+      }
+    }
+    by[touch] = phase << 8 | (by[touch] >> 8 == phase && (by[touch] & 255) != wave ? 255 : wave);
+  }
+}
+
 void Interpreter::run_group(Worker& worker, const Launch& launch, uint32_t number, const Options& options) {
   const Kernel& k = *launch.kernel;
   Group& g = worker.group;
@@ -133,6 +152,11 @@ void Interpreter::run_group(Worker& worker, const Launch& launch, uint32_t numbe
   g.id[2] = number / launch.grid[0] / launch.grid[1];
   g.lds.resize(k.lds + launch.dynamic_lds);
   for (size_t i = 0; i + 4 <= g.lds.size(); i += 4) std::memcpy(g.lds.data() + i, &kPoison, 4);
+  g.touched.resize(options.check_races ? g.lds.size() : 0);
+  if (++g.phase >> 23) {  // phases are 24 bits
+    g.phase = 1;
+    std::fill(g.touched.begin(), g.touched.end(), Touched());
+  }
   const uint32_t waves = (launch.block[0] * launch.block[1] * launch.block[2] + kLanes - 1) / kLanes;
   while (worker.waves.size() < waves) worker.waves.push_back(std::make_unique<Wave>());
   for (uint32_t i = 0; i < waves; i++) {
@@ -158,6 +182,7 @@ void Interpreter::run_group(Worker& worker, const Launch& launch, uint32_t numbe
     }
     if (running > 0) continue;
     if (waiting == 0) return;
+    g.phase++;
     for (uint32_t i = 0; i < waves; i++) {
       if (worker.waves[i]->state == Wave::kAtBarrier) worker.waves[i]->state = Wave::kRunning;
     }

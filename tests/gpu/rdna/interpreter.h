@@ -15,6 +15,7 @@ struct Options {
   bool reverse_groups = false;
   bool check_waits = true;      // a register that an outstanding load still writes
   bool check_alignment = false;
+  bool check_races = true;      // LDS touched by two waves, one of them writing, and no barrier between
   int threads = 0;              // of the host; 0: all
 };
 

@@ -118,6 +118,13 @@ struct Outstanding {
   void wait(size_t left);
 };
 
+enum Touch { kReads, kWrites, kAdds };  // kAdds: an atomic
+
+// Who last touched a byte of LDS in each way: the number of barriers passed << 8 | wave, or 255 for several waves.
+struct Touched {
+  uint32_t by[3] = {0, 0, 0};
+};
+
 // A work group while it runs, on one host thread.
 struct Group {
   const Kernel* kernel = nullptr;
@@ -130,20 +137,24 @@ struct Group {
   uint64_t* misaligned = nullptr;    // [instructions] of those, the misaligned
   bool check_waits = true;
   bool check_alignment = false;
+  std::vector<Touched> touched;      // [bytes of LDS] where races are looked for, else empty
+  uint32_t phase = 1;                // barriers passed, of all groups that ran here
 
   // The host's address of `bytes` at a device address; a fault where no allocation is.
   uint8_t* global(uint64_t address, uint32_t bytes, bool write) {
     if (address < last.begin || address + bytes > last.end || (write && !last.writable)) find(address, bytes, write);
     return reinterpret_cast<uint8_t*>(address);
   }
-  uint8_t* shared(uint32_t address, uint32_t bytes) {
+  uint8_t* shared(uint32_t wave, uint32_t address, uint32_t bytes, Touch touch) {
     if (uint64_t{address} + bytes > lds.size()) {
       fault("LDS access at ", std::to_string(address), " of ", std::to_string(bytes), " bytes, the work group has ",
             std::to_string(lds.size()));
     }
+    if (!touched.empty()) check_race(wave, address, bytes, touch);
     return lds.data() + address;
   }
   void find(uint64_t address, uint32_t bytes, bool write);
+  void check_race(uint32_t wave, uint32_t address, uint32_t bytes, Touch touch);
 };
 
 struct Wave {

@@ -18,13 +18,13 @@ struct Access {
   const Operand* scalar;
 
   template <Space kSpace>
-  uint8_t* at(int l, uint32_t bytes, bool write, int32_t offset) const {
+  uint8_t* at(int l, uint32_t bytes, Touch touch, int32_t offset) const {
     uint64_t address;
     try {
       if constexpr (kSpace == Space::kShared) {
         address = w.v[base.reg][l] + static_cast<uint32_t>(offset);
         align(address, bytes, std::min(bytes, 16u));
-        return w.group->shared(static_cast<uint32_t>(address), bytes);
+        return w.group->shared(w.number, static_cast<uint32_t>(address), bytes, touch);
       } else {
         address = scalar != nullptr ? scalar64(w, *scalar) + w.v[base.reg][l]
                                     : w.v[base.reg][l] | uint64_t{w.v[base.reg + 1][l]} << 32;
@@ -34,11 +34,11 @@ struct Access {
           if (address >> 32 == kPrivateAperture) fault("scratch memory is not modelled");
           if (address >> 32 == kSharedAperture) {
             w.flat_shared = true;
-            return w.group->shared(static_cast<uint32_t>(address), bytes);
+            return w.group->shared(w.number, static_cast<uint32_t>(address), bytes, touch);
           }
         }
         w.flat_global = true;
-        return w.group->global(address, bytes, write);
+        return w.group->global(address, bytes, touch != kReads);
       }
     } catch (const Fault& f) {
       fault("lane ", std::to_string(l), ": ", f.what());
@@ -74,7 +74,7 @@ void load(Wave& w, const Instruction& in) {
   const Access access = access_of(w, in, 1);
   uint32_t r[kWords][kLanes];
   access.each_lane([&](int l) {
-    const uint8_t* p = access.at<kSpace>(l, kBytes, false, in.offset);
+    const uint8_t* p = access.at<kSpace>(l, kBytes, kReads, in.offset);
     uint32_t words[kWords] = {};
     std::memcpy(words, p, kBytes);
     if (kExtend == Extend::kSign) {
@@ -90,7 +90,7 @@ void load_half(Wave& w, const Instruction& in) {  // d16: one half of the regist
   const Access access = access_of(w, in, 1);
   access.each_lane([&](int l) {
     uint16_t h = 0;
-    std::memcpy(&h, access.at<kSpace>(l, kBytes, false, in.offset), kBytes);
+    std::memcpy(&h, access.at<kSpace>(l, kBytes, kReads, in.offset), kBytes);
     if (kSigned) h = static_cast<uint16_t>(static_cast<int8_t>(h));
     uint32_t& d = w.v[in.dst.reg][l];
     d = kHigh ? (d & 0xffff) | uint32_t{h} << 16 : (d & 0xffff0000) | h;
@@ -103,7 +103,7 @@ void store_to(Wave& w, const Instruction& in) {
   access.each_lane([&](int l) {
     uint32_t words[(kBytes + 3) / 4];
     for (int i = 0; i < (kBytes + 3) / 4; i++) words[i] = w.v[in.src[1].reg + i][l] >> kShift;
-    std::memcpy(access.at<kSpace>(l, kBytes, true, in.offset), words, kBytes);
+    std::memcpy(access.at<kSpace>(l, kBytes, kWrites, in.offset), words, kBytes);
   });
 }
 
@@ -116,7 +116,7 @@ void load_two(Wave& w, const Instruction& in) {
   access.each_lane([&](int l) {
     for (int i = 0; i < 2; i++) {
       uint32_t words[kWords];
-      std::memcpy(words, access.at<Space::kShared>(l, kBytes, false, (i ? in.offset1 : in.offset) * kBytes * kStride), kBytes);
+      std::memcpy(words, access.at<Space::kShared>(l, kBytes, kReads, (i ? in.offset1 : in.offset) * kBytes * kStride), kBytes);
       for (int k = 0; k < kWords; k++) r[i * kWords + k][l] = words[k];
     }
   });
@@ -130,7 +130,7 @@ void store_two(Wave& w, const Instruction& in) {
     for (int i = 0; i < 2; i++) {
       uint32_t words[kBytes / 4];
       for (int k = 0; k < kBytes / 4; k++) words[k] = w.v[in.src[1 + i].reg + k][l];
-      std::memcpy(access.at<Space::kShared>(l, kBytes, true, (i ? in.offset1 : in.offset) * kBytes * kStride), words, kBytes);
+      std::memcpy(access.at<Space::kShared>(l, kBytes, kWrites, (i ? in.offset1 : in.offset) * kBytes * kStride), words, kBytes);
     }
   });
 }
@@ -145,7 +145,7 @@ void atomic(Wave& w, const Instruction& in) {
     using B = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
     B bits = w.v[in.src[1].reg][l];
     if constexpr (kWords == 2) bits |= uint64_t{w.v[in.src[1].reg + 1][l]} << 32;
-    auto* p = reinterpret_cast<B*>(access.at<kSpace>(l, sizeof(T), true, in.offset));
+    auto* p = reinterpret_cast<B*>(access.at<kSpace>(l, sizeof(T), kAdds, in.offset));
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) fault("atomic at an address that is not aligned");
     B old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
     while (!__atomic_compare_exchange_n(p, &old, std::bit_cast<B>(static_cast<T>(Fn(std::bit_cast<T>(old), std::bit_cast<T>(bits)))), false,
@@ -163,7 +163,7 @@ void compare_swap(Wave& w, const Instruction& in) {  // data: the new value, the
   const bool returns = in.dst.kind == Operand::kVector;
   const Access access = access_of(w, in, 2);
   access.each_lane([&](int l) {
-    auto* p = reinterpret_cast<uint32_t*>(access.at<kSpace>(l, 4, true, in.offset));
+    auto* p = reinterpret_cast<uint32_t*>(access.at<kSpace>(l, 4, kAdds, in.offset));
     uint32_t old = w.v[in.src[1].reg + 1][l];
     __atomic_compare_exchange_n(p, &old, w.v[in.src[1].reg][l], false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     if (returns) w.v[in.dst.reg][l] = old;

@@ -2,7 +2,7 @@
 // own, and the loader finds it where that folder is in the library path. Streams run what they are given at once.
 //
 // A file `options` beside the library may hold lines "name value": reverse_waves, reverse_groups, check_waits,
-// check_alignment, threads (see Options), counts FILE (the table of what was executed, written at the end), profile
+// check_alignment, check_races, threads (see Options), counts FILE (the table of what was executed, written at the end), profile
 // FOLDER (a file a kernel). rdna_set() does the same from a program.
 
 #include <dlfcn.h>
@@ -76,6 +76,8 @@ struct Device {
       options.check_waits = flag();
     } else if (name == "check_alignment") {
       options.check_alignment = flag();
+    } else if (name == "check_races") {
+      options.check_races = flag();
     } else if (name == "threads") {
       options.threads = std::stoi(value);
     } else if (name == "counts") {
