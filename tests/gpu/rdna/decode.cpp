@@ -244,7 +244,7 @@ void parse_wait(Instruction& in, const std::string& text) {
   in.offset1 = field("lgkmcnt(");
 }
 
-Instruction decode_one(const std::string& text, const Operations& operations) {
+Instruction decode_one(const std::string& text, uint32_t word, const Operations& operations) {
   Instruction in;
   in.text = text;
   const std::string name = base_name(text.substr(0, text.find_first_of(" \t")));
@@ -300,7 +300,9 @@ Instruction decode_one(const std::string& text, const Operations& operations) {
 
   const bool is_memory = in.counter != Instruction::kNoCounter || op->klass == Class::kStore || op->klass == Class::kAtomic;
   std::string v;
-  if (take(t, "offset", &v)) in.offset = static_cast<int32_t>(number(v));
+  if (take(t, "offset", &v)) {  // of ds_swizzle it is written as a pattern
+    in.offset = starts(name, "ds_swizzle") ? static_cast<int32_t>(word & 0xffff) : static_cast<int32_t>(number(v));
+  }
   if (take(t, "offset0", &v)) in.offset = static_cast<int32_t>(number(v));
   if (take(t, "offset1", &v)) in.offset1 = static_cast<int32_t>(number(v));
   if (is_memory) {
@@ -363,12 +365,13 @@ std::vector<Instruction> decode(const std::string& disassembly, const Operations
     if (text == "s_code_end" || text == "v_illegal") continue;
     try {
       const size_t colon = line.find(':', comment);
+      const auto first_word = static_cast<uint32_t>(std::stoul(line.substr(colon + 1), nullptr, 16));
       Instruction in;
       const size_t dual = text.find(" :: ");
       if (dual == std::string::npos) {
-        in = decode_one(text, operations);
+        in = decode_one(text, first_word, operations);
       } else {
-        Instruction x = decode_one(trim(text.substr(0, dual)), operations), y = decode_one(trim(text.substr(dual + 4)), operations);
+        Instruction x = decode_one(trim(text.substr(0, dual)), 0, operations), y = decode_one(trim(text.substr(dual + 4)), 0, operations);
         const bool x_first = !reads(y, x.dst), y_first = !reads(x, y.dst);
         if (!x_first && y_first) std::swap(x, y);
         RegisterSet uses = x.uses;
@@ -388,7 +391,7 @@ std::vector<Instruction> decode(const std::string& disassembly, const Operations
       for (std::string word; words >> word && word[0] != '<';) in.size += 4;
       in.index = static_cast<uint32_t>(code.size());
       code.push_back(in);
-    } catch (const Fault& f) {
+    } catch (const std::exception& f) {  // a Fault, or a number that is none
       fault(f.what(), " in '", text, "' (", trim(line.substr(comment + 3)), ")");
     }
   }

@@ -79,9 +79,9 @@ F div_scale(F s0, F s1, F s2, bool* scaled) {
     return s0 == s1 ? std::ldexp(s0, up) : s0;
   }
   if (denormal(s1)) return std::ldexp(s0, up);
-  if (small_inverse && denormal(quotient)) {
+  if (small_inverse && denormal(quotient)) {  // AMD's text scales up here, which overflows
     *scaled = true;
-    return s0 == s1 ? std::ldexp(s0, up) : s0;
+    return s0 == s1 ? std::ldexp(s0, -up) : s0;
   }
   if (small_inverse) return std::ldexp(s0, -up);
   if (denormal(quotient)) {
@@ -121,7 +121,20 @@ F div_fixup(F s0, F s1, F s2) {
   if (s1 == 0 || std::isinf(s2)) return with_sign(inf);
   if (std::isinf(s1) || s2 == 0) return with_sign(0);
   if (exponent(s2) - exponent(s1) < (wide ? -1075 : -150)) return with_sign(0);  // below the least denormal
+  if (s0 != s0) return with_sign(inf);  // the steps overflowed; not in AMD's text, but without it such quotients were NaN
   return with_sign(std::fabs(s0));
+}
+
+// The last step of a division, and back from v_div_scale's scale, rounded once. AMD's text has one factor, 2^32 or 2^64,
+// for what v_div_scale does to a numerator and for what it does to a denominator, with which neither division comes out;
+// the quotient (s2) tells which it was.
+template <typename F>
+F div_fmas(F s0, F s1, F s2, u scaled) {
+  if (!scaled) return std::fma(s0, s1, s2);
+  using Wider = std::conditional_t<sizeof(F) == 8, long double, double>;
+  constexpr int back = sizeof(F) == 8 ? 128 : 64;
+  const Wider sum = std::fma(static_cast<Wider>(s0), static_cast<Wider>(s1), static_cast<Wider>(s2));
+  return static_cast<F>(std::ldexp(sum, std::fabs(s2) >= 2 ? back : -back));
 }
 
 template <typename T>
@@ -131,10 +144,7 @@ void add_division(Operations& t, const std::string& suffix, Class klass) {
   add_vector<[](typename T::C a, typename T::C b, typename T::C c) { return div_fixup(a, b, c); }, T, T, T, T>(
       t, ("v_div_fixup_" + suffix).c_str(), klass);
   Operation fmas;
-  fmas.run = by_lane<[](typename T::C a, typename T::C b, typename T::C c, u vcc) {
-    const typename T::C r = std::fma(a, b, c);
-    return vcc ? std::ldexp(r, sizeof r == 8 ? 64 : 32) : r;
-  }, T, T, T, T, Mask>;
+  fmas.run = by_lane<div_fmas<typename T::C>, T, T, T, T, Mask>;
   fmas.klass = klass;
   fmas.types = {type, type, type, Type::kMask};
   fmas.reads = kVcc;
