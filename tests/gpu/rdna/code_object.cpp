@@ -102,7 +102,9 @@ std::string hex(uint64_t v) {
 CodeObject::CodeObject(const uint8_t* elf, size_t bytes) : file_(elf, elf + bytes) {
   const auto header = get<Elf64_Ehdr>(elf);
   if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) fault("code object: not an ELF file");
-  const auto program = [&](int i) { return get<Elf64_Phdr>(elf + header.e_phoff + static_cast<size_t>(i) * sizeof(Elf64_Phdr)); };
+  const auto program = [&](int i) {
+    return get<Elf64_Phdr>(elf + header.e_phoff + static_cast<size_t>(i) * sizeof(Elf64_Phdr));
+  };
   uint64_t size = 0;
   for (int i = 0; i < header.e_phnum; i++) {
     if (program(i).p_type == PT_LOAD) size = std::max(size, program(i).p_vaddr + program(i).p_memsz);
@@ -163,8 +165,8 @@ void CodeObject::read_notes(const uint8_t* p, size_t bytes) {
         k->max_threads = static_cast<uint32_t>(n.at(".max_flat_workgroup_size").number);
         if (n.map.count(".args") > 0) {
           for (const Node& a : n.at(".args").array) {
-            k->arguments.push_back({static_cast<uint32_t>(a.at(".offset").number), static_cast<uint32_t>(a.at(".size").number),
-                                    a.at(".value_kind").text});
+            k->arguments.push_back({static_cast<uint32_t>(a.at(".offset").number),
+                                    static_cast<uint32_t>(a.at(".size").number), a.at(".value_kind").text});
           }
         }
         kernels_.push_back(std::move(k));
@@ -178,7 +180,8 @@ std::string CodeObject::disassemble(const Kernel& kernel) {
   if (path_.empty()) {
     char name[] = "/tmp/rdna_XXXXXX";
     const int file = mkstemp(name);
-    if (file < 0 || write(file, file_.data(), file_.size()) != static_cast<ssize_t>(file_.size())) fault("cannot write ", name);
+    if (file < 0 || write(file, file_.data(), file_.size()) != static_cast<ssize_t>(file_.size()))
+      fault("cannot write ", name);
     close(file);
     path_ = name;
   }
@@ -209,7 +212,8 @@ std::unique_ptr<CodeObject> open_bundle(const void* wrapper, const char* target)
     const auto offset = get<uint64_t>(p), size = get<uint64_t>(p + 8), length = get<uint64_t>(p + 16);
     const std::string id(reinterpret_cast<const char*>(p + 24), length);
     p += 24 + length;
-    if (id.size() > std::strlen(target) && id.compare(id.size() - std::strlen(target), std::string::npos, target) == 0) {
+    if (id.size() > std::strlen(target) &&
+        id.compare(id.size() - std::strlen(target), std::string::npos, target) == 0) {
       return std::make_unique<CodeObject>(bundle + offset, size);
     }
   }

@@ -18,19 +18,26 @@ struct Column {
 
 const std::vector<Column>& columns() {
   static const std::vector<Column> c = {
-      {"VALU", {Class::kValu}},      {"dual", {Class::kDual}},        {"packed", {Class::kPacked}},
-      {"trans", {Class::kTranscendental}}, {"f64", {Class::kDouble}}, {"dot", {Class::kDot}},
-      {"WMMA", {Class::kWmma}},      {"lane", {Class::kLane}},        {"LDS", {Class::kLds}},
-      {"loads", {Class::kLoad}},     {"stores", {Class::kStore}},     {"atomics", {Class::kAtomic}},
-      {"s_load", {Class::kScalarLoad}}, {"SALU", {Class::kSalu}},     {"branch", {Class::kBranch}},
-      {"wait", {Class::kWait}},      {"barrier", {Class::kBarrier}},
+      {"VALU", {Class::kValu}},         {"dual", {Class::kDual}},
+      {"packed", {Class::kPacked}},     {"trans", {Class::kTranscendental}},
+      {"f64", {Class::kDouble}},        {"dot", {Class::kDot}},
+      {"WMMA", {Class::kWmma}},         {"lane", {Class::kLane}},
+      {"LDS", {Class::kLds}},           {"loads", {Class::kLoad}},
+      {"stores", {Class::kStore}},      {"atomics", {Class::kAtomic}},
+      {"s_load", {Class::kScalarLoad}}, {"SALU", {Class::kSalu}},
+      {"branch", {Class::kBranch}},     {"wait", {Class::kWait}},
+      {"barrier", {Class::kBarrier}},
   };
   return c;
 }
 
 uint64_t bytes_of(const Instruction& in) {  // a lane
-  if (in.text.find("_u8") != std::string::npos || in.text.find("_i8") != std::string::npos || in.text.find("_b8") != std::string::npos) return 1;
-  if (in.text.find("_u16") != std::string::npos || in.text.find("_i16") != std::string::npos || in.text.find("b16 ") != std::string::npos) return 2;
+  if (in.text.find("_u8") != std::string::npos || in.text.find("_i8") != std::string::npos ||
+      in.text.find("_b8") != std::string::npos)
+    return 1;
+  if (in.text.find("_u16") != std::string::npos || in.text.find("_i16") != std::string::npos ||
+      in.text.find("b16 ") != std::string::npos)
+    return 2;
   return 4u * (in.klass == Class::kLoad ? in.dst.count : in.src[1].count);
 }
 

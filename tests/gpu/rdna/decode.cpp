@@ -16,7 +16,8 @@ std::string trim(const std::string& s) {
 
 int64_t number(const std::string& s) {
   size_t used = 0;
-  const int64_t v = static_cast<int64_t>(s[0] == '-' ? std::stoll(s, &used, 0) : static_cast<long long>(std::stoull(s, &used, 0)));
+  const int64_t v =
+      static_cast<int64_t>(s[0] == '-' ? std::stoll(s, &used, 0) : static_cast<long long>(std::stoull(s, &used, 0)));
   if (used != s.size()) fault("number expected, found '", s, "'");
   return v;
 }
@@ -62,7 +63,8 @@ Text split(const std::string& text) {
   std::string word;
   bool first = true;
   while (last >> word) {
-    const bool modifier = !first || (parts.empty() && word.find(':') != std::string::npos && word[0] != 'v' && word[0] != 's');
+    const bool modifier =
+        !first || (parts.empty() && word.find(':') != std::string::npos && word[0] != 'v' && word[0] != 's');
     if (modifier) {
       const size_t colon = word.find(':');
       t.modifiers[word.substr(0, colon)] = colon == std::string::npos ? "" : word.substr(colon + 1);
@@ -91,8 +93,9 @@ Operand parse_operand(std::string s) {
     s = s.substr(1, s.size() - 2);
   }
   static const std::map<std::string, std::pair<int, int>> kNamed = {
-      {"vcc_lo", {kVcc, 1}},  {"vcc_hi", {kVcc + 1, 1}},   {"vcc", {kVcc, 2}}, {"exec_lo", {kExec, 1}},
-      {"exec_hi", {kExec + 1, 1}}, {"exec", {kExec, 2}}, {"m0", {kM0, 1}},  {"null", {kNull, 1}}, {"src_scc", {kScc, 1}}};
+      {"vcc_lo", {kVcc, 1}},   {"vcc_hi", {kVcc + 1, 1}},   {"vcc", {kVcc, 2}},
+      {"exec_lo", {kExec, 1}}, {"exec_hi", {kExec + 1, 1}}, {"exec", {kExec, 2}},
+      {"m0", {kM0, 1}},        {"null", {kNull, 1}},        {"src_scc", {kScc, 1}}};
   if (s == "off") {
     o.kind = Operand::kOff;
   } else if (const auto named = kNamed.find(s); named != kNamed.end()) {
@@ -102,7 +105,8 @@ Operand parse_operand(std::string s) {
   } else if (s == "src_shared_base" || s == "src_private_base") {
     o.kind = Operand::kConstant;
     o.value = uint64_t{s == "src_shared_base" ? kSharedAperture : kPrivateAperture} << 32;
-  } else if ((s[0] == 'v' || s[0] == 's') && s.size() > 1 && (std::isdigit(static_cast<unsigned char>(s[1])) || s[1] == '[')) {
+  } else if ((s[0] == 'v' || s[0] == 's') && s.size() > 1 &&
+             (std::isdigit(static_cast<unsigned char>(s[1])) || s[1] == '[')) {
     o.kind = s[0] == 'v' ? Operand::kVector : Operand::kScalar;
     if (s[1] == '[') {
       const size_t colon = s.find(':');
@@ -148,7 +152,8 @@ void bind_constant(Operand& o, Type type) {
 std::string base_name(std::string name) {
   for (const char* suffix : {"_e64_dpp", "_dpp", "_e32", "_e64"}) {
     const std::string s = suffix;
-    if (name.size() > s.size() && name.compare(name.size() - s.size(), s.size(), s) == 0) return name.substr(0, name.size() - s.size());
+    if (name.size() > s.size() && name.compare(name.size() - s.size(), s.size(), s) == 0)
+      return name.substr(0, name.size() - s.size());
   }
   return name;
 }
@@ -268,7 +273,8 @@ Instruction decode_one(const std::string& text, uint32_t word, const Operations&
   for (const std::string& s : t.operands) operands.push_back(parse_operand(s));
   size_t results = static_cast<size_t>(op->results), sources = op->types.size();
   if (op->klass == Class::kAtomic && (in.glc = t.modifiers.count("glc") > 0)) results = 1;
-  if (name.rfind("v_dual_", 0) != 0 && op->klass == Class::kValu && starts(name, "v_cmpx") && operands.size() == sources + 1) {
+  if (name.rfind("v_dual_", 0) != 0 && op->klass == Class::kValu && starts(name, "v_cmpx") &&
+      operands.size() == sources + 1) {
     operands.erase(operands.begin());  // some disassemblers write EXEC out
   }
   if (op->reads_result) sources--;
@@ -289,7 +295,8 @@ Instruction decode_one(const std::string& text, uint32_t word, const Operations&
     bind_constant(in.src[k], op->types[k]);
     add_registers(in.uses, in.src[k]);
   }
-  if (starts(name, "s_movk") || starts(name, "s_addk") || starts(name, "s_mulk") || (starts(name, "s_cmpk") && name.back() == '2' && name[name.size() - 3] == 'i')) {
+  if (starts(name, "s_movk") || starts(name, "s_addk") || starts(name, "s_mulk") ||
+      (starts(name, "s_cmpk") && name.back() == '2' && name[name.size() - 3] == 'i')) {
     for (Operand& o : in.src) {
       if (o.kind == Operand::kConstant) o.value = static_cast<uint32_t>(static_cast<int16_t>(o.value));
     }
@@ -298,7 +305,8 @@ Instruction decode_one(const std::string& text, uint32_t word, const Operations&
   if (op->writes != 0) in.uses.add(false, op->writes, 1);
   set_counter(in, name);
 
-  const bool is_memory = in.counter != Instruction::kNoCounter || op->klass == Class::kStore || op->klass == Class::kAtomic;
+  const bool is_memory =
+      in.counter != Instruction::kNoCounter || op->klass == Class::kStore || op->klass == Class::kAtomic;
   std::string v;
   if (take(t, "offset", &v)) {  // of ds_swizzle it is written as a pattern
     in.offset = starts(name, "ds_swizzle") ? static_cast<int32_t>(word & 0xffff) : static_cast<int32_t>(number(v));
@@ -323,7 +331,8 @@ Instruction decode_one(const std::string& text, uint32_t word, const Operations&
   in.neg_lo = take_bits(t, "neg_lo", 0);
   in.neg_hi = take_bits(t, "neg_hi", 0);
   if (take_dpp(t, in)) {
-    if (in.src[0].kind != Operand::kVector || starts(name, "v_cmpx") || in.src[0].count != 1) fault("this use of DPP is not modelled");
+    if (in.src[0].kind != Operand::kVector || starts(name, "v_cmpx") || in.src[0].count != 1)
+      fault("this use of DPP is not modelled");
     in.inner = in.run;
     in.run = run_dpp;
   }
@@ -350,7 +359,8 @@ void run_pair(Wave& w, const Instruction& in) {
 }
 
 bool reads(const Instruction& in, const Operand& d) {
-  return std::any_of(std::begin(in.src), std::end(in.src), [&](const Operand& o) { return o.kind == Operand::kVector && o.reg == d.reg; });
+  return std::any_of(std::begin(in.src), std::end(in.src),
+                     [&](const Operand& o) { return o.kind == Operand::kVector && o.reg == d.reg; });
 }
 
 }  // namespace
@@ -371,7 +381,8 @@ std::vector<Instruction> decode(const std::string& disassembly, const Operations
       if (dual == std::string::npos) {
         in = decode_one(text, first_word, operations);
       } else {
-        Instruction x = decode_one(trim(text.substr(0, dual)), 0, operations), y = decode_one(trim(text.substr(dual + 4)), 0, operations);
+        Instruction x = decode_one(trim(text.substr(0, dual)), 0, operations),
+                    y = decode_one(trim(text.substr(dual + 4)), 0, operations);
         const bool x_first = !reads(y, x.dst), y_first = !reads(x, y.dst);
         if (!x_first && y_first) std::swap(x, y);
         RegisterSet uses = x.uses;
@@ -401,7 +412,9 @@ std::vector<Instruction> decode(const std::string& disassembly, const Operations
   const int first_half = static_cast<int>(code.size());
   for (Instruction& in : code) {
     if (in.second >= 0) in.second += first_half;
-    if (in.klass != Class::kBranch || in.run == nullptr || !starts(in.text, "s_") || in.text.find("pc_b64") != std::string::npos) continue;
+    if (in.klass != Class::kBranch || in.run == nullptr || !starts(in.text, "s_") ||
+        in.text.find("pc_b64") != std::string::npos)
+      continue;
     const auto target = at.find(in.address + 4 + static_cast<uint64_t>(static_cast<int64_t>(in.offset) * 4));
     if (target == at.end()) fault("branch to nowhere in '", in.text, "'");
     in.target = target->second;
@@ -424,7 +437,8 @@ Operations::Operations() {
 void Operations::add(const std::string& name, Operation op) { sorted_.emplace_back(name, std::move(op)); }
 
 const Operation* Operations::find(const std::string& name) const {
-  const auto at = std::lower_bound(sorted_.begin(), sorted_.end(), name, [](const auto& a, const std::string& n) { return a.first < n; });
+  const auto at = std::lower_bound(sorted_.begin(), sorted_.end(), name,
+                                   [](const auto& a, const std::string& n) { return a.first < n; });
   return at != sorted_.end() && at->first == name ? &at->second : nullptr;
 }
 

@@ -5,8 +5,8 @@
 
 namespace rdna {
 
-// llvm-objdump's lines of one kernel: "<text> // <address>: <words>". Throws Fault at an instruction, operand or modifier
-// that is not known.
+// llvm-objdump's lines of one kernel: "<text> // <address>: <words>". Throws Fault at an instruction, operand or
+// modifier that is not known.
 std::vector<Instruction> decode(const std::string& disassembly, const Operations& operations);
 
 }  // namespace rdna

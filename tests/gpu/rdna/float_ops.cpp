@@ -18,7 +18,9 @@ using ul = uint64_t;
 template <typename F>
 using BitsOf = std::conditional_t<sizeof(F) == 8, uint64_t, uint32_t>;
 template <typename F>
-BitsOf<F> bits(F v) { return std::bit_cast<BitsOf<F>>(v); }
+BitsOf<F> bits(F v) {
+  return std::bit_cast<BitsOf<F>>(v);
+}
 template <typename F>
 F quiet(F v) {
   return std::bit_cast<F>(bits(v) | BitsOf<F>{1} << (std::numeric_limits<F>::digits - 2));
@@ -29,7 +31,9 @@ int exponent(F v) {  // biased
   return static_cast<int>(bits(v) >> mantissa) & (sizeof(F) == 8 ? 2047 : 255);
 }
 template <typename F>
-bool denormal(F v) { return exponent(v) == 0 && v != 0; }
+bool denormal(F v) {
+  return exponent(v) == 0 && v != 0;
+}
 
 float flush(float v) { return std::fabs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v; }
 
@@ -57,7 +61,8 @@ float med3(float a, float b, float c) {
 template <typename To, typename From>
 To to_int(From v) {  // towards zero, saturating, NaN gives 0
   if (v != v) return 0;
-  if (std::trunc(v) >= std::ldexp(static_cast<From>(1), std::numeric_limits<To>::digits)) return std::numeric_limits<To>::max();
+  if (std::trunc(v) >= std::ldexp(static_cast<From>(1), std::numeric_limits<To>::digits))
+    return std::numeric_limits<To>::max();
   if (v <= static_cast<From>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
   return static_cast<To>(v);
 }
@@ -121,20 +126,22 @@ F div_fixup(F s0, F s1, F s2) {
   if (s1 == 0 || std::isinf(s2)) return with_sign(inf);
   if (std::isinf(s1) || s2 == 0) return with_sign(0);
   if (exponent(s2) - exponent(s1) < (wide ? -1075 : -150)) return with_sign(0);  // below the least denormal
-  if (s0 != s0) return with_sign(inf);  // the steps overflowed; not in AMD's text, but without it such quotients were NaN
+  if (s0 != s0)
+    return with_sign(inf);  // the steps overflowed; not in AMD's text, but without it such quotients were NaN
   return with_sign(std::fabs(s0));
 }
 
-// The last step of a division, and back from v_div_scale's scale, rounded once. AMD's text has one factor, 2^32 or 2^64,
-// for what v_div_scale does to a numerator and for what it does to a denominator, with which neither division comes out;
-// the quotient (s2) tells which it was.
+// The last step of a division, and back from v_div_scale's scale, rounded once. AMD's text has one factor, 2^32 or
+// 2^64, for what v_div_scale does to a numerator and for what it does to a denominator, with which neither division
+// comes out; the quotient (s2) tells which it was.
 template <typename F>
 F div_fmas(F s0, F s1, F s2, u scaled) {
-  if (!scaled) return std::fma(s0, s1, s2);
-  using Wider = std::conditional_t<sizeof(F) == 8, long double, double>;
   constexpr int back = sizeof(F) == 8 ? 128 : 64;
+  if (!scaled) return std::fma(s0, s1, s2);
+  if (std::fabs(s2) >= 2) return std::ldexp(std::fma(s0, s1, s2), back);
+  using Wider = std::conditional_t<sizeof(F) == 8, long double, double>;
   const Wider sum = std::fma(static_cast<Wider>(s0), static_cast<Wider>(s1), static_cast<Wider>(s2));
-  return static_cast<F>(std::ldexp(sum, std::fabs(s2) >= 2 ? back : -back));
+  return static_cast<F>(std::ldexp(sum, -back));
 }
 
 template <typename T>
@@ -285,14 +292,22 @@ void add_single(Operations& t) {
   add_vector<[](float a) { return std::floor(a); }, F32, F32>(t, "v_floor_f32");
   add_vector<[](float a) { return std::ceil(a); }, F32, F32>(t, "v_ceil_f32");
   add_vector<[](float a) { return min_of(a - std::floor(a), 0x1.fffffep-1f); }, F32, F32>(t, "v_fract_f32");
-  add_vector<[](float a) { return std::isfinite(a) && a != 0 ? std::ilogb(a) + 1 : 0; }, I32, F32>(t, "v_frexp_exp_i32_f32");
-  add_vector<[](float a) { int e; return std::isfinite(a) ? std::frexp(a, &e) : a; }, F32, F32>(t, "v_frexp_mant_f32");
+  add_vector<[](float a) { return std::isfinite(a) && a != 0 ? std::ilogb(a) + 1 : 0; }, I32, F32>(
+      t, "v_frexp_exp_i32_f32");
+  add_vector<[](float a) {
+    int e;
+    return std::isfinite(a) ? std::frexp(a, &e) : a;
+  },
+             F32, F32>(t, "v_frexp_mant_f32");
   add_vector<[](float a) { return flush(1.0f / flush(a)); }, F32, F32>(t, "v_rcp_f32", special);
   add_vector<[](float a) { return flush(1.0f / flush(a)); }, F32, F32>(t, "v_rcp_iflag_f32", special);
-  add_vector<[](float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(flush(a)))); }, F32, F32>(t, "v_rsq_f32", special);
+  add_vector<[](float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(flush(a)))); }, F32, F32>(
+      t, "v_rsq_f32", special);
   add_vector<[](float a) { return std::sqrt(flush(a)); }, F32, F32>(t, "v_sqrt_f32", special);
-  add_vector<[](float a) { return flush(static_cast<float>(std::exp2(static_cast<double>(flush(a))))); }, F32, F32>(t, "v_exp_f32", special);
-  add_vector<[](float a) { return static_cast<float>(std::log2(static_cast<double>(flush(a)))); }, F32, F32>(t, "v_log_f32", special);
+  add_vector<[](float a) { return flush(static_cast<float>(std::exp2(static_cast<double>(flush(a))))); }, F32, F32>(
+      t, "v_exp_f32", special);
+  add_vector<[](float a) { return static_cast<float>(std::log2(static_cast<double>(flush(a)))); }, F32, F32>(
+      t, "v_log_f32", special);
 }
 
 void add_conversions(Operations& t) {
@@ -314,7 +329,8 @@ void add_conversions(Operations& t) {
   add_vector<[](i a) { return static_cast<double>(a); }, F64, I32>(t, "v_cvt_f64_i32", Class::kDouble);
   add_vector<[](double a) { return to_int<i>(a); }, I32, F64>(t, "v_cvt_i32_f64", Class::kDouble);
   add_vector<[](double a) { return to_int<u>(a); }, U32, F64>(t, "v_cvt_u32_f64", Class::kDouble);
-  add_vector<[](float a, float b) { return round_to_zero_half(a) | round_to_zero_half(b) << 16; }, U32, F32, F32>(t, "v_cvt_pk_rtz_f16_f32");
+  add_vector<[](float a, float b) { return round_to_zero_half(a) | round_to_zero_half(b) << 16; }, U32, F32, F32>(
+      t, "v_cvt_pk_rtz_f16_f32");
   add_vector<[](i a) { return static_cast<float>(a); }, F16, I16>(t, "v_cvt_f16_i16");
   add_vector<[](u a) { return static_cast<float>(a); }, F16, U16>(t, "v_cvt_f16_u16");
 }
@@ -334,8 +350,13 @@ void add_double(Operations& t) {
   add_vector<[](double a) { return 1.0 / a; }, F64, F64>(t, "v_rcp_f64", c);
   add_vector<[](double a) { return 1.0 / std::sqrt(a); }, F64, F64>(t, "v_rsq_f64", c);
   add_vector<[](double a) { return std::sqrt(a); }, F64, F64>(t, "v_sqrt_f64", c);
-  add_vector<[](double a) { return std::isfinite(a) && a != 0 ? std::ilogb(a) + 1 : 0; }, I32, F64>(t, "v_frexp_exp_i32_f64", c);
-  add_vector<[](double a) { int e; return std::isfinite(a) ? std::frexp(a, &e) : a; }, F64, F64>(t, "v_frexp_mant_f64", c);
+  add_vector<[](double a) { return std::isfinite(a) && a != 0 ? std::ilogb(a) + 1 : 0; }, I32, F64>(
+      t, "v_frexp_exp_i32_f64", c);
+  add_vector<[](double a) {
+    int e;
+    return std::isfinite(a) ? std::frexp(a, &e) : a;
+  },
+             F64, F64>(t, "v_frexp_mant_f64", c);
 }
 
 void add_half(Operations& t) {

@@ -123,13 +123,15 @@ void add_simple(Operations& t) {
     u r = 0;
     for (int b = 0; b < 32; b++) r |= (a >> b & 1) << (31 - b);
     return r;
-  }, U32, U32>(t, "v_bfrev_b32");
+  },
+             U32, U32>(t, "v_bfrev_b32");
   add_vector<[](u a) { return a != 0 ? static_cast<u>(std::countl_zero(a)) : kAll; }, U32, U32>(t, "v_clz_i32_u32");
   add_vector<[](u a) { return a != 0 ? static_cast<u>(std::countr_zero(a)) : kAll; }, U32, U32>(t, "v_ctz_i32_b32");
   add_vector<[](u a) {
     const u same = static_cast<u>(static_cast<i>(a) < 0 ? std::countl_one(a) : std::countl_zero(a));
     return same == 32 ? kAll : same;
-  }, U32, U32>(t, "v_cls_i32");
+  },
+             U32, U32>(t, "v_cls_i32");
   add_vector<[](u a, u b) { return a + b; }, U32, U32, U32>(t, "v_add_nc_u32");
   add_vector<[](u a, u b) { return a - b; }, U32, U32, U32>(t, "v_sub_nc_u32");
   add_vector<[](u a, u b) { return b - a; }, U32, U32, U32>(t, "v_subrev_nc_u32");
@@ -156,8 +158,8 @@ void add_simple(Operations& t) {
   select.reads = kVcc;
   t.add("v_cndmask_b32", select);
   add_vector<[](u a, u b) { return (a & 0xffffff) * (b & 0xffffff); }, U32, U32, U32>(t, "v_mul_u32_u24");
-  add_vector<[](u a, u b) { return static_cast<u>(signed_field(a, 0, 24)) * static_cast<u>(signed_field(b, 0, 24)); }, U32,
-             U32, U32>(t, "v_mul_i32_i24");
+  add_vector<[](u a, u b) { return static_cast<u>(signed_field(a, 0, 24)) * static_cast<u>(signed_field(b, 0, 24)); },
+             U32, U32, U32>(t, "v_mul_i32_i24");
   add_vector<[](u a, u b) { return (static_cast<u>((ul{a & 0xffffff} * (b & 0xffffff)) >> 32)); }, U32, U32, U32>(
       t, "v_mul_hi_u32_u24");
   add_vector<[](u a, u b) { return a * b; }, U32, U32, U32>(t, "v_mul_lo_u32");
@@ -180,19 +182,22 @@ void add_three(Operations& t) {
       t, "v_alignbit_b32");
   add_vector<[](u a, u b, u c) { return (static_cast<u>((ul{a} << 32 | b) >> (8 * (c & 3)))); }, U32, U32, U32, U32>(
       t, "v_alignbyte_b32");
-  add_vector<[](u a, u b, u c) { return ((a >> (b & 31)) & ((1u << (c & 31)) - 1)); }, U32, U32, U32, U32>(t, "v_bfe_u32");
+  add_vector<[](u a, u b, u c) { return ((a >> (b & 31)) & ((1u << (c & 31)) - 1)); }, U32, U32, U32, U32>(t,
+                                                                                                           "v_bfe_u32");
   add_vector<[](u a, u b, u c) { return signed_field(a, b & 31, c & 31); }, I32, U32, U32, U32>(t, "v_bfe_i32");
   add_vector<[](u a, u b, u c) { return (a & 0xffffff) * (b & 0xffffff) + c; }, U32, U32, U32, U32>(t, "v_mad_u32_u24");
   add_vector<[](u a, u b, u c) {
     return static_cast<u>(signed_field(a, 0, 24)) * static_cast<u>(signed_field(b, 0, 24)) + c;
-  }, U32, U32, U32, U32>(t, "v_mad_i32_i24");
+  },
+             U32, U32, U32, U32>(t, "v_mad_i32_i24");
   add_vector<[](u a, u b, u c) { return (a & 0xffff) * (b & 0xffff) + c; }, U32, U32, U32, U32>(t, "v_mad_u32_u16");
   add_vector<[](u a, u b, u c) {
     const ul data = ul{a} << 32 | b;
     u r = 0;
     for (int k = 0; k < 4; k++) r |= permute_byte(data, c >> (8 * k) & 0xff) << (8 * k);
     return r;
-  }, U32, U32, U32, U32>(t, "v_perm_b32");
+  },
+             U32, U32, U32, U32>(t, "v_perm_b32");
   add_vector<[](i a, i b, i c) { return std::min(std::min(a, b), c); }, I32, I32, I32, I32>(t, "v_min3_i32");
   add_vector<[](i a, i b, i c) { return std::max(std::max(a, b), c); }, I32, I32, I32, I32>(t, "v_max3_i32");
   add_vector<[](u a, u b, u c) { return std::min(std::min(a, b), c); }, U32, U32, U32, U32>(t, "v_min3_u32");
@@ -211,7 +216,8 @@ void add_three(Operations& t) {
       c += static_cast<u>(d < 0 ? -d : d);
     }
     return c;
-  }, U32, U32, U32, U32>(t, "v_sad_u8");
+  },
+             U32, U32, U32, U32>(t, "v_sad_u8");
 }
 
 void add_sixteen(Operations& t) {
@@ -238,7 +244,8 @@ void add_sixteen(Operations& t) {
   add_packed<[](u a, u b, u c) { return a * b + c; }, 3>(t, "v_pk_mad_i16");
   add_packed<[](u a, u b, u) { return b << (a & 15); }, 2>(t, "v_pk_lshlrev_b16");
   add_packed<[](u a, u b, u) { return (b >> (a & 15)); }, 2>(t, "v_pk_lshrrev_b16");
-  add_packed<[](u a, u b, u) { return (static_cast<u>(static_cast<int16_t>(b) >> (a & 15))); }, 2>(t, "v_pk_ashrrev_i16");
+  add_packed<[](u a, u b, u) { return (static_cast<u>(static_cast<int16_t>(b) >> (a & 15))); }, 2>(t,
+                                                                                                   "v_pk_ashrrev_i16");
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace rdna {
 namespace {
 
 constexpr uint64_t kMostInstructions = uint64_t{1} << 33;  // of one wave, before it counts as hung
-constexpr uint64_t kTurn = 1 << 20;                        // instructions until the next wave's turn: it may wait for that
+constexpr uint64_t kTurn = 1 << 20;  // instructions until the next wave's turn: it may wait for that
 
 void set_initial_registers(Wave& w, const Launch& launch) {
   const Kernel& k = *launch.kernel;
@@ -34,7 +34,8 @@ void set_initial_registers(Wave& w, const Launch& launch) {
     const uint32_t t = w.number * kLanes + l;
     if (t >= threads) continue;
     exec |= 1u << l;
-    const uint32_t x = t % launch.block[0], y = t / launch.block[0] % launch.block[1], z = t / launch.block[0] / launch.block[1];
+    const uint32_t x = t % launch.block[0], y = t / launch.block[0] % launch.block[1],
+                   z = t / launch.block[0] / launch.block[1];
     w.v[0][l] = x | y << 10 | z << 20;
   }
   w.s[kExec] = exec;
@@ -48,9 +49,13 @@ void set_initial_registers(Wave& w, const Launch& launch) {
 }
 
 void check_waits(const Wave& w, const Instruction& in) {
-  const bool vector = in.uses.meets(w.vector_loads.pending) || (in.counter != Instruction::kVectorLoad && in.counter != Instruction::kFlat && in.defines.meets(w.vector_loads.pending));
-  const bool other = in.uses.meets(w.other_loads.pending) || (in.counter == Instruction::kVectorLoad && in.defines.meets(w.other_loads.pending));
-  if (in.klass == Class::kBarrier && std::any_of(w.other_loads.entries.begin(), w.other_loads.entries.end(), [](const auto& e) { return !e.scalar; })) {
+  const bool vector = in.uses.meets(w.vector_loads.pending) ||
+                      (in.counter != Instruction::kVectorLoad && in.counter != Instruction::kFlat &&
+                       in.defines.meets(w.vector_loads.pending));
+  const bool other = in.uses.meets(w.other_loads.pending) ||
+                     (in.counter == Instruction::kVectorLoad && in.defines.meets(w.other_loads.pending));
+  if (in.klass == Class::kBarrier && std::any_of(w.other_loads.entries.begin(), w.other_loads.entries.end(),
+                                                 [](const auto& e) { return !e.scalar; })) {
     fault("a barrier before the wave's accesses of LDS are done (lgkmcnt)");
   }
   if (vector || other) fault("a register that an outstanding load still writes (", vector ? "vmcnt" : "lgkmcnt", ")");
@@ -114,7 +119,8 @@ void Outstanding::wait(size_t left) {
 }
 
 void Group::find(uint64_t address, uint32_t bytes, bool write) {
-  auto r = std::upper_bound(regions.begin(), regions.end(), address, [](uint64_t a, const Region& b) { return a < b.begin; });
+  auto r = std::upper_bound(regions.begin(), regions.end(), address,
+                            [](uint64_t a, const Region& b) { return a < b.begin; });
   if (r != regions.begin() && (--r, address >= r->begin && address + bytes <= r->end)) {
     if (write && !r->writable) fault("writes read-only memory at ", hex(address));
     last = *r;
@@ -122,7 +128,8 @@ void Group::find(uint64_t address, uint32_t bytes, bool write) {
   }
   std::string where = "outside all allocations";
   if (r != regions.end() && address >= r->begin && address < r->end + (1 << 16)) {
-    where = std::to_string(static_cast<int64_t>(address - r->end)) + " bytes behind the end of an allocation of " + std::to_string(r->end - r->begin);
+    where = std::to_string(static_cast<int64_t>(address - r->end)) + " bytes behind the end of an allocation of " +
+            std::to_string(r->end - r->begin);
   }
   fault(write ? "writes " : "reads ", std::to_string(bytes), " bytes at ", hex(address), ", ", where);
 }
@@ -136,7 +143,8 @@ void Group::check_race(uint32_t wave, uint32_t address, uint32_t bytes, Touch to
     for (int other = 0; other < 3; other++) {
       if (kConflicts[touch][other] && by[other] >> 8 == phase && (by[other] & 255) != wave) {
         fault("race: wave ", std::to_string(wave), " ", kNames[touch], " byte ", std::to_string(b), " of LDS, which ",
-              (by[other] & 255) == 255 ? "several waves" : "wave " + std::to_string(by[other] & 255), " ", kNames[other], " too, with no barrier between");
+              (by[other] & 255) == 255 ? "several waves" : "wave " + std::to_string(by[other] & 255), " ",
+              kNames[other], " too, with no barrier between");
       }
     }
     by[touch] = phase << 8 | (by[touch] >> 8 == phase && (by[touch] & 255) != wave ? 255 : wave);
@@ -173,8 +181,9 @@ void Interpreter::run_group(Worker& worker, const Launch& launch, uint32_t numbe
           run_wave(w);
         } catch (const Fault& f) {
           const Instruction& in = k.code[w.at];
-          fault(f.what(), "\n  in ", readable_name(k.name), ", group ", std::to_string(g.id[0]), ",", std::to_string(g.id[1]), ",",
-                std::to_string(g.id[2]), ", wave ", std::to_string(w.number), ", EXEC ", hex(w.exec()), ", at ", hex(in.address), ": ", in.text);
+          fault(f.what(), "\n  in ", readable_name(k.name), ", group ", std::to_string(g.id[0]), ",",
+                std::to_string(g.id[1]), ",", std::to_string(g.id[2]), ", wave ", std::to_string(w.number), ", EXEC ",
+                hex(w.exec()), ", at ", hex(in.address), ": ", in.text);
         }
       }
       running += w.state == Wave::kRunning;
@@ -193,14 +202,18 @@ void Interpreter::run(const Launch& launch, const std::vector<Region>& memory, c
   Kernel& k = *launch.kernel;
   const std::string name = readable_name(k.name);
   const uint32_t threads = launch.block[0] * launch.block[1] * launch.block[2];
-  if (threads > k.max_threads) fault(name, ": ", std::to_string(threads), " threads a group, compiled for ", std::to_string(k.max_threads));
-  if (k.lds + launch.dynamic_lds > 64 * 1024) fault(name, ": ", std::to_string(k.lds + launch.dynamic_lds), " bytes of LDS, a group may have 65536");
+  if (threads > k.max_threads)
+    fault(name, ": ", std::to_string(threads), " threads a group, compiled for ", std::to_string(k.max_threads));
+  if (k.lds + launch.dynamic_lds > 64 * 1024)
+    fault(name, ": ", std::to_string(k.lds + launch.dynamic_lds), " bytes of LDS, a group may have 65536");
   if (k.scratch > 0) fault(name, ": scratch memory is not modelled");
-  if ((k.rsrc1 >> 12 & 15) != 0 || (k.rsrc1 >> 16 & 15) != 15) fault(name, ": this rounding or denormal mode is not modelled");
+  if ((k.rsrc1 >> 12 & 15) != 0 || (k.rsrc1 >> 16 & 15) != 15)
+    fault(name, ": this rounding or denormal mode is not modelled");
   if (!(k.properties & 1 << 10)) fault(name, ": wave64 is not modelled");
 
   const uint32_t groups = launch.grid[0] * launch.grid[1] * launch.grid[2];
-  uint32_t n = options.threads > 0 ? static_cast<uint32_t>(options.threads) : std::max(1u, std::thread::hardware_concurrency());
+  uint32_t n =
+      options.threads > 0 ? static_cast<uint32_t>(options.threads) : std::max(1u, std::thread::hardware_concurrency());
   n = std::min(n, groups);
   while (workers_.size() < n) workers_.push_back(std::make_unique<Worker>());
   std::atomic<uint32_t> next{0};
@@ -218,7 +231,8 @@ void Interpreter::run(const Launch& launch, const std::vector<Region>& memory, c
     worker.group.check_waits = options.check_waits;
     worker.group.check_alignment = options.check_alignment;
     try {
-      for (uint32_t i; (i = next++) < groups;) run_group(worker, launch, options.reverse_groups ? groups - 1 - i : i, options);
+      for (uint32_t i; (i = next++) < groups;)
+        run_group(worker, launch, options.reverse_groups ? groups - 1 - i : i, options);
     } catch (const Fault& f) {
       next = groups;
       const std::lock_guard<std::mutex> lock(mutex);

@@ -11,12 +11,12 @@
 namespace rdna {
 
 struct Options {
-  bool reverse_waves = false;   // of a group, between two barriers
+  bool reverse_waves = false;  // of a group, between two barriers
   bool reverse_groups = false;
-  bool check_waits = true;      // a register that an outstanding load still writes
+  bool check_waits = true;  // a register that an outstanding load still writes
   bool check_alignment = false;
-  bool check_races = true;      // LDS touched by two waves, one of them writing, and no barrier between
-  int threads = 0;              // of the host; 0: all
+  bool check_races = true;  // LDS touched by two waves, one of them writing, and no barrier between
+  int threads = 0;          // of the host; 0: all
 };
 
 struct Launch {

@@ -66,16 +66,33 @@ struct Operand {
   bool neg = false, abs = false;
   bool is_float = false;  // a constant written with a point: its bits depend on the operand's type
   uint16_t reg = 0;
-  uint16_t count = 1;    // registers named
-  double real = 0;       // is_float
-  uint64_t value = 0;    // of a constant, by the instruction's operand type once bound
-  std::string text;      // as disassembled
+  uint16_t count = 1;  // registers named
+  double real = 0;     // is_float
+  uint64_t value = 0;  // of a constant, by the instruction's operand type once bound
+  std::string text;    // as disassembled
 };
 
 // What the dynamic counts are kept by.
 enum class Class : uint8_t {
-  kValu, kDual, kTranscendental, kDouble, kDot, kPacked, kWmma, kLane, kSalu, kScalarLoad, kLoad, kStore, kAtomic, kLds,
-  kBranch, kBarrier, kWait, kOther, kCount
+  kValu,
+  kDual,
+  kTranscendental,
+  kDouble,
+  kDot,
+  kPacked,
+  kWmma,
+  kLane,
+  kSalu,
+  kScalarLoad,
+  kLoad,
+  kStore,
+  kAtomic,
+  kLds,
+  kBranch,
+  kBarrier,
+  kWait,
+  kOther,
+  kCount
 };
 
 struct Wave;
@@ -84,21 +101,21 @@ using Run = void (*)(Wave&, const Instruction&);
 
 struct Instruction {
   Run run = nullptr;
-  Run inner = nullptr;                         // under DPP: what runs on the permuted operand
+  Run inner = nullptr;  // under DPP: what runs on the permuted operand
   Operand dst, dst2, src[4];
   bool clamp = false, glc = false;
   uint8_t op_sel = 0, op_sel_hi = 7, neg_lo = 0, neg_hi = 0;  // a bit an operand
   bool fetch_inactive = false, bound_ctrl = false;            // DPP
   uint32_t write_lanes = kAll;                                // DPP: row_mask and bank_mask
   std::array<int8_t, kLanes> lane_source{};                   // DPP: where each lane's src0 comes from, -1: nowhere
-  int32_t offset = 0, offset1 = 0;  // memory; SOPP's immediate
-  uint32_t target = 0;              // branches: index of the instruction
+  int32_t offset = 0, offset1 = 0;                            // memory; SOPP's immediate
+  uint32_t target = 0;                                        // branches: index of the instruction
   uint32_t index = 0;
-  int second = -1;                  // VOPD: the instruction beside
+  int second = -1;  // VOPD: the instruction beside
   enum Counter : uint8_t { kNoCounter, kVectorLoad, kShared, kScalarMemory, kFlat };
   Counter counter = kNoCounter;  // what it is outstanding in
   Class klass = Class::kOther;
-  RegisterSet uses, defines;        // defines: of loads alone
+  RegisterSet uses, defines;  // defines: of loads alone
   uint64_t address = 0;
   uint32_t size = 4;  // bytes
   std::string text;
@@ -129,16 +146,16 @@ struct Touched {
 struct Group {
   const Kernel* kernel = nullptr;
   std::vector<uint8_t> lds;
-  std::vector<Region> regions;       // sorted
-  Region last{1, 0, false};          // where the last access was
+  std::vector<Region> regions;  // sorted
+  Region last{1, 0, false};     // where the last access was
   uint32_t id[3] = {0, 0, 0};
-  uint64_t* times = nullptr;         // [instructions] how often each ran
-  uint64_t* lanes = nullptr;         // [instructions] lanes of memory instructions
-  uint64_t* misaligned = nullptr;    // [instructions] of those, the misaligned
+  uint64_t* times = nullptr;       // [instructions] how often each ran
+  uint64_t* lanes = nullptr;       // [instructions] lanes of memory instructions
+  uint64_t* misaligned = nullptr;  // [instructions] of those, the misaligned
   bool check_waits = true;
   bool check_alignment = false;
-  std::vector<Touched> touched;      // [bytes of LDS] where races are looked for, else empty
-  uint32_t phase = 1;                // barriers passed, of all groups that ran here
+  std::vector<Touched> touched;  // [bytes of LDS] where races are looked for, else empty
+  uint32_t phase = 1;            // barriers passed, of all groups that ran here
 
   // The host's address of `bytes` at a device address; a fault where no allocation is.
   uint8_t* global(uint64_t address, uint32_t bytes, bool write) {
@@ -168,8 +185,8 @@ struct Wave {
   uint64_t fuel = 0;
   Group* group = nullptr;
   uint32_t number = 0;
-  Outstanding vector_loads, other_loads;  // vmcnt; lgkmcnt
-  bool outstanding = false;             // either has entries
+  Outstanding vector_loads, other_loads;          // vmcnt; lgkmcnt
+  bool outstanding = false;                       // either has entries
   bool flat_shared = false, flat_global = false;  // what the flat access touched
 
   uint32_t exec() const { return s[kExec]; }
@@ -182,7 +199,7 @@ struct Kernel {
     uint32_t offset, size;
     std::string kind;
   };
-  std::string name;        // mangled
+  std::string name;         // mangled
   uint64_t descriptor = 0;  // address in the code object
   uint64_t entry = 0;
   uint32_t lds = 0, scratch = 0, argument_bytes = 0, rsrc1 = 0, rsrc2 = 0, vgprs = 0, max_threads = 1024;

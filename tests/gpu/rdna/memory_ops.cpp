@@ -44,12 +44,14 @@ struct Access {
       fault("lane ", std::to_string(l), ": ", f.what());
     }
   }
-  // ROCm runs with unaligned access allowed, and the compiler joins narrow accesses: it is counted, or a fault on demand.
+  // ROCm runs with unaligned access allowed, and the compiler joins narrow accesses: it is counted, or a fault on
+  // demand.
   void align(uint64_t address, uint32_t bytes, uint32_t to) const {
     if (to <= 1 || address % std::bit_ceil(to) == 0) return;
     w.group->misaligned[in.index]++;
     if (w.group->check_alignment) {
-      fault("address ", hex(address), " of ", std::to_string(bytes), " bytes is not aligned to ", std::to_string(std::bit_ceil(to)));
+      fault("address ", hex(address), " of ", std::to_string(bytes), " bytes is not aligned to ",
+            std::to_string(std::bit_ceil(to)));
     }
   }
   template <typename F>
@@ -78,7 +80,8 @@ void load(Wave& w, const Instruction& in) {
     uint32_t words[kWords] = {};
     std::memcpy(words, p, kBytes);
     if (kExtend == Extend::kSign) {
-      words[0] = static_cast<uint32_t>(static_cast<int32_t>(words[0] << (32 - 8 * kBytes % 32)) >> (32 - 8 * kBytes % 32));
+      words[0] =
+          static_cast<uint32_t>(static_cast<int32_t>(words[0] << (32 - 8 * kBytes % 32)) >> (32 - 8 * kBytes % 32));
     }
     for (int i = 0; i < kWords; i++) r[i][l] = words[i];
   });
@@ -116,7 +119,8 @@ void load_two(Wave& w, const Instruction& in) {
   access.each_lane([&](int l) {
     for (int i = 0; i < 2; i++) {
       uint32_t words[kWords];
-      std::memcpy(words, access.at<Space::kShared>(l, kBytes, kReads, (i ? in.offset1 : in.offset) * kBytes * kStride), kBytes);
+      std::memcpy(words, access.at<Space::kShared>(l, kBytes, kReads, (i ? in.offset1 : in.offset) * kBytes * kStride),
+                  kBytes);
       for (int k = 0; k < kWords; k++) r[i * kWords + k][l] = words[k];
     }
   });
@@ -130,7 +134,8 @@ void store_two(Wave& w, const Instruction& in) {
     for (int i = 0; i < 2; i++) {
       uint32_t words[kBytes / 4];
       for (int k = 0; k < kBytes / 4; k++) words[k] = w.v[in.src[1 + i].reg + k][l];
-      std::memcpy(access.at<Space::kShared>(l, kBytes, kWrites, (i ? in.offset1 : in.offset) * kBytes * kStride), words, kBytes);
+      std::memcpy(access.at<Space::kShared>(l, kBytes, kWrites, (i ? in.offset1 : in.offset) * kBytes * kStride), words,
+                  kBytes);
     }
   });
 }
@@ -148,8 +153,9 @@ void atomic(Wave& w, const Instruction& in) {
     auto* p = reinterpret_cast<B*>(access.at<kSpace>(l, sizeof(T), kAdds, in.offset));
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) fault("atomic at an address that is not aligned");
     B old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (!__atomic_compare_exchange_n(p, &old, std::bit_cast<B>(static_cast<T>(Fn(std::bit_cast<T>(old), std::bit_cast<T>(bits)))), false,
-                                        __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    while (!__atomic_compare_exchange_n(
+        p, &old, std::bit_cast<B>(static_cast<T>(Fn(std::bit_cast<T>(old), std::bit_cast<T>(bits)))), false,
+        __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     }
     if (returns) {
       w.v[in.dst.reg][l] = static_cast<uint32_t>(old);
@@ -172,8 +178,9 @@ void compare_swap(Wave& w, const Instruction& in) {  // data: the new value, the
 
 void scalar_load(Wave& w, const Instruction& in) {
   uint64_t address = scalar64(w, in.src[0]) + static_cast<uint64_t>(static_cast<int64_t>(in.offset));
-  address += in.src[1].kind == Operand::kConstant ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(in.src[1].value)))
-                                                  : scalar32(w, in.src[1]);
+  address += in.src[1].kind == Operand::kConstant
+                 ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(in.src[1].value)))
+                 : scalar32(w, in.src[1]);
   address &= ~uint64_t{3};
   const uint32_t bytes = in.dst.count * 4u;
   std::memcpy(&w.s[in.dst.reg], w.group->global(address, bytes, false), bytes);
@@ -191,7 +198,8 @@ Operation operation(Run run, Class klass, int results, size_t sources) {
 template <Space kSpace>
 void add_loads(Operations& t, const std::string& prefix) {
   const size_t n = kSpace == Space::kGlobal ? 2 : 1;  // a scalar base, or off
-  const Class klass = kSpace == Space::kShared ? Class::kLds : Class::kLoad, out = kSpace == Space::kShared ? Class::kLds : Class::kStore;
+  const Class klass = kSpace == Space::kShared ? Class::kLds : Class::kLoad,
+              out = kSpace == Space::kShared ? Class::kLds : Class::kStore;
   const auto add = [&](const char* name, Run run) { t.add(prefix + "load_" + name, operation(run, klass, 1, n)); };
   add("u8", load<kSpace, 1, Extend::kZero>);
   add("i8", load<kSpace, 1, Extend::kSign>);
@@ -201,7 +209,8 @@ void add_loads(Operations& t, const std::string& prefix) {
   add("b64", load<kSpace, 8>);
   add("b96", load<kSpace, 12>);
   add("b128", load<kSpace, 16>);
-  const std::string u8 = kSpace == Space::kShared ? "u8_d16" : "d16_u8", i8 = kSpace == Space::kShared ? "i8_d16" : "d16_i8",
+  const std::string u8 = kSpace == Space::kShared ? "u8_d16" : "d16_u8",
+                    i8 = kSpace == Space::kShared ? "i8_d16" : "d16_i8",
                     b16 = kSpace == Space::kShared ? "u16_d16" : "d16_b16";
   const auto high = [](std::string s) { return s.find("d16_") == 0 ? "d16_hi_" + s.substr(4) : s + "_hi"; };
   add(u8.c_str(), load_half<kSpace, 1, false, false>);
@@ -210,7 +219,9 @@ void add_loads(Operations& t, const std::string& prefix) {
   add(high(u8).c_str(), load_half<kSpace, 1, false, true>);
   add(high(i8).c_str(), load_half<kSpace, 1, true, true>);
   add(high(b16).c_str(), load_half<kSpace, 2, false, true>);
-  const auto store = [&](const std::string& name, Run run) { t.add(prefix + "store_" + name, operation(run, out, 0, n + 1)); };
+  const auto store = [&](const std::string& name, Run run) {
+    t.add(prefix + "store_" + name, operation(run, out, 0, n + 1));
+  };
   store("b8", store_to<kSpace, 1>);
   store("b16", store_to<kSpace, 2>);
   store("b32", store_to<kSpace, 4>);

@@ -13,20 +13,43 @@
 namespace rdna {
 
 // Operand types. C: what a lane computes with. 16-bit results leave the upper half of their register alone.
-struct F32 { using C = float; };
-struct F64 { using C = double; };
-struct F16 { using C = float; };  // every half is a float; one operation of two floats rounds to half as it should
-struct U32 { using C = uint32_t; };
-struct I32 { using C = int32_t; };
-struct U64 { using C = uint64_t; };
-struct I64 { using C = int64_t; };
-struct U16 { using C = uint32_t; };
-struct I16 { using C = int32_t; };
-struct Mask { using C = uint32_t; };  // a lane mask in an SGPR, 0 or 1 for a lane
+struct F32 {
+  using C = float;
+};
+struct F64 {
+  using C = double;
+};
+struct F16 {
+  using C = float;
+};  // every half is a float; one operation of two floats rounds to half as it should
+struct U32 {
+  using C = uint32_t;
+};
+struct I32 {
+  using C = int32_t;
+};
+struct U64 {
+  using C = uint64_t;
+};
+struct I64 {
+  using C = int64_t;
+};
+struct U16 {
+  using C = uint32_t;
+};
+struct I16 {
+  using C = int32_t;
+};
+struct Mask {
+  using C = uint32_t;
+};  // a lane mask in an SGPR, 0 or 1 for a lane
 
-template <typename T> inline constexpr bool kWide = sizeof(typename T::C) == 8;
-template <typename T> inline constexpr bool kHalf = std::is_same_v<T, F16> || std::is_same_v<T, U16> || std::is_same_v<T, I16>;
-template <typename T> inline constexpr bool kReal = std::is_floating_point_v<typename T::C>;
+template <typename T>
+inline constexpr bool kWide = sizeof(typename T::C) == 8;
+template <typename T>
+inline constexpr bool kHalf = std::is_same_v<T, F16> || std::is_same_v<T, U16> || std::is_same_v<T, I16>;
+template <typename T>
+inline constexpr bool kReal = std::is_floating_point_v<typename T::C>;
 
 inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
@@ -187,11 +210,11 @@ constexpr Type type_of() {
 struct Operation {
   Run run = nullptr;
   Class klass = Class::kOther;
-  int results = 1;           // operands at the front that are written
-  std::vector<Type> types;   // of the sources
-  bool reads_result = false;  // v_fmac: the result is the last source
+  int results = 1;                 // operands at the front that are written
+  std::vector<Type> types;         // of the sources
+  bool reads_result = false;       // v_fmac: the result is the last source
   uint16_t reads = 0, writes = 0;  // scalar registers that are not written out (VCC); 0: none
-  bool clamps = false;        // the handler knows `clamp`
+  bool clamps = false;             // the handler knows `clamp`
 };
 
 class Operations {

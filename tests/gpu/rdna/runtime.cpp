@@ -1,9 +1,9 @@
-// A HIP runtime with one gfx1151 device that interprets its instructions. It is built as libamdhip64 into a folder of its
-// own, and the loader finds it where that folder is in the library path. Streams run what they are given at once.
+// A HIP runtime with one gfx1151 device that interprets its instructions. It is built as libamdhip64 into a folder of
+// its own, and the loader finds it where that folder is in the library path. Streams run what they are given at once.
 //
 // A file `options` beside the library may hold lines "name value": reverse_waves, reverse_groups, check_waits,
-// check_alignment, check_races, threads (see Options), counts FILE (the table of what was executed, written at the end), profile
-// FOLDER (a file a kernel). rdna_set() does the same from a program.
+// check_alignment, check_races, threads (see Options), counts FILE (the table of what was executed, written at the
+// end), profile FOLDER (a file a kernel). rdna_set() does the same from a program.
 
 #include <dlfcn.h>
 #include <hip/hip_runtime_api.h>
@@ -219,7 +219,8 @@ const char* rdna_take_fault() {
 
 const char* hipGetErrorName(hipError_t e) { return e == hipErrorLaunchFailure ? "hipErrorLaunchFailure" : "hipError"; }
 const char* hipGetErrorString(hipError_t e) {
-  return e == hipErrorLaunchFailure && !device().last_fault.empty() ? device().last_fault.c_str() : "said by the interpreter of gfx1151";
+  return e == hipErrorLaunchFailure && !device().last_fault.empty() ? device().last_fault.c_str()
+                                                                    : "said by the interpreter of gfx1151";
 }
 hipError_t hipGetLastError() { return device().error; }
 hipError_t hipGetDeviceCount(int* n) {
@@ -324,8 +325,10 @@ hipError_t hipLaunchKernel(const void* f, dim3 grid, dim3 block, void** args, si
   Device& d = device();
   const auto k = d.kernels.find(f);
   if (k == d.kernels.end()) return hipErrorInvalidDeviceFunction;
-  if (static_cast<uint64_t>(grid.x) * grid.y * grid.z == 0 || static_cast<uint64_t>(block.x) * block.y * block.z == 0) return hipErrorInvalidConfiguration;
-  Launch launch{k->second.second, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, static_cast<uint32_t>(lds), {}};
+  if (static_cast<uint64_t>(grid.x) * grid.y * grid.z == 0 || static_cast<uint64_t>(block.x) * block.y * block.z == 0)
+    return hipErrorInvalidConfiguration;
+  Launch launch{
+      k->second.second, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, static_cast<uint32_t>(lds), {}};
   fill_arguments(launch, args);
   return d.submit(q, [&d, launch, object = k->second.first] { return d.run(launch, object); });
 }
@@ -358,7 +361,8 @@ void** __hipRegisterFatBinary(const void* wrapper) {
   }
   return reinterpret_cast<void**>(d.objects.back().get());
 }
-void __hipRegisterFunction(void** binary, const void* host, char*, const char* name, unsigned, void*, void*, void*, void*, int*) {
+void __hipRegisterFunction(void** binary, const void* host, char*, const char* name, unsigned, void*, void*, void*,
+                           void*, int*) {
   auto* object = reinterpret_cast<CodeObject*>(binary);
   if (object == nullptr) return;
   for (auto& k : object->kernels()) {

@@ -116,35 +116,92 @@ void add_bits(Operations& t, const std::string& type) {
   add<[](C a, u b, bool&) { return (a >> (b & (sizeof a * 8 - 1))); }, kNonZero, T, T, U32>(t, "s_lshr_" + type);
   add<[](C a, C b, bool& scc) { return scc ? a : b; }, kKeep, T, T, T>(t, "s_cselect_" + type);
   add<[](C a, bool&) { return static_cast<u>(std::popcount(a)); }, kNonZero, U32, T>(t, "s_bcnt1_i32_" + type);
-  add<[](C a, bool&) { return a != 0 ? static_cast<u>(std::countr_zero(a)) : kAll; }, kKeep, U32, T>(t, "s_ctz_i32_" + type);
+  add<[](C a, bool&) { return a != 0 ? static_cast<u>(std::countr_zero(a)) : kAll; }, kKeep, U32, T>(
+      t, "s_ctz_i32_" + type);
   // only where SCC says so; the old value is the last source
   add_k<[](C a, C old, bool& scc) { return scc ? a : old; }, kKeep, T, T, T>(t, "s_cmov_" + type);
 }
 
 template <typename T>
-bool overflows(T a, T b, T sum) { return ((a ^ sum) & (b ^ sum)) < 0; }
+bool overflows(T a, T b, T sum) {
+  return ((a ^ sum) & (b ^ sum)) < 0;
+}
 
 void add_arithmetic(Operations& t) {
   using enum Scc;
-  add<[](u a, u b, bool& c) { const ul s = ul{a} + b; c = (s >> 32); return static_cast<u>(s); }, kGiven, U32, U32, U32>(t, "s_add_u32");
-  add<[](u a, u b, bool& c) { c = (b > a); return a - b; }, kGiven, U32, U32, U32>(t, "s_sub_u32");
-  add<[](u a, u b, bool& c) { const ul s = ul{a} + b + c; c = (s >> 32); return static_cast<u>(s); }, kGiven, U32, U32, U32>(t, "s_addc_u32");
-  add<[](u a, u b, bool& c) { const ul take = ul{b} + c; c = (take > a); return static_cast<u>(a - take); }, kGiven, U32, U32, U32>(t, "s_subb_u32");
-  add<[](i a, i b, bool& c) { const i s = static_cast<i>(u(a) + u(b)); c = overflows(a, b, s); return s; }, kGiven, I32, I32, I32>(t, "s_add_i32");
-  add<[](i a, i b, bool& c) { const i s = static_cast<i>(u(a) - u(b)); c = overflows(a, ~b, s); return s; }, kGiven, I32, I32, I32>(t, "s_sub_i32");
-  add_k<[](i b, i a, bool& c) { const i s = static_cast<i>(u(a) + u(b)); c = overflows(a, b, s); return s; }, kGiven, I32, I32, I32>(t, "s_addk_i32");
+  add<[](u a, u b, bool& c) {
+    const ul s = ul{a} + b;
+    c = (s >> 32);
+    return static_cast<u>(s);
+  },
+      kGiven, U32, U32, U32>(t, "s_add_u32");
+  add<[](u a, u b, bool& c) {
+    c = (b > a);
+    return a - b;
+  },
+      kGiven, U32, U32, U32>(t, "s_sub_u32");
+  add<[](u a, u b, bool& c) {
+    const ul s = ul{a} + b + c;
+    c = (s >> 32);
+    return static_cast<u>(s);
+  },
+      kGiven, U32, U32, U32>(t, "s_addc_u32");
+  add<[](u a, u b, bool& c) {
+    const ul take = ul{b} + c;
+    c = (take > a);
+    return static_cast<u>(a - take);
+  },
+      kGiven, U32, U32, U32>(t, "s_subb_u32");
+  add<[](i a, i b, bool& c) {
+    const i s = static_cast<i>(u(a) + u(b));
+    c = overflows(a, b, s);
+    return s;
+  },
+      kGiven, I32, I32, I32>(t, "s_add_i32");
+  add<[](i a, i b, bool& c) {
+    const i s = static_cast<i>(u(a) - u(b));
+    c = overflows(a, ~b, s);
+    return s;
+  },
+      kGiven, I32, I32, I32>(t, "s_sub_i32");
+  add_k<[](i b, i a, bool& c) {
+    const i s = static_cast<i>(u(a) + u(b));
+    c = overflows(a, b, s);
+    return s;
+  },
+        kGiven, I32, I32, I32>(t, "s_addk_i32");
   add_k<[](u b, u a, bool&) { return a * b; }, kKeep, U32, U32, U32>(t, "s_mulk_i32");
   add<[](i a, bool&) { return a; }, kKeep, I32, I32>(t, "s_movk_i32");
   add<[](u a, u b, bool&) { return a * b; }, kKeep, U32, U32, U32>(t, "s_mul_i32");
   add<[](u a, u b, bool&) { return (static_cast<u>(ul{a} * b >> 32)); }, kKeep, U32, U32, U32>(t, "s_mul_hi_u32");
   add<[](i a, i b, bool&) { return (static_cast<i>(il{a} * b >> 32)); }, kKeep, I32, I32, I32>(t, "s_mul_hi_i32");
   // SCC: whether the first one was taken
-  add<[](i a, i b, bool& c) { c = a < b; return c ? a : b; }, kGiven, I32, I32, I32>(t, "s_min_i32");
-  add<[](u a, u b, bool& c) { c = a < b; return c ? a : b; }, kGiven, U32, U32, U32>(t, "s_min_u32");
-  add<[](i a, i b, bool& c) { c = (a >= b); return c ? a : b; }, kGiven, I32, I32, I32>(t, "s_max_i32");
-  add<[](u a, u b, bool& c) { c = (a >= b); return c ? a : b; }, kGiven, U32, U32, U32>(t, "s_max_u32");
+  add<[](i a, i b, bool& c) {
+    c = a < b;
+    return c ? a : b;
+  },
+      kGiven, I32, I32, I32>(t, "s_min_i32");
+  add<[](u a, u b, bool& c) {
+    c = a < b;
+    return c ? a : b;
+  },
+      kGiven, U32, U32, U32>(t, "s_min_u32");
+  add<[](i a, i b, bool& c) {
+    c = (a >= b);
+    return c ? a : b;
+  },
+      kGiven, I32, I32, I32>(t, "s_max_i32");
+  add<[](u a, u b, bool& c) {
+    c = (a >= b);
+    return c ? a : b;
+  },
+      kGiven, U32, U32, U32>(t, "s_max_u32");
   add<[](i a, bool&) { return a < 0 ? static_cast<i>(0 - u(a)) : a; }, kNonZero, I32, I32>(t, "s_abs_i32");
-  add<[](i a, i b, bool&) { const i d = static_cast<i>(u(a) - u(b)); return d < 0 ? static_cast<i>(0 - u(d)) : d; }, kNonZero, I32, I32, I32>(t, "s_absdiff_i32");
+  add<[](i a, i b, bool&) {
+    const i d = static_cast<i>(u(a) - u(b));
+    return d < 0 ? static_cast<i>(0 - u(d)) : d;
+  },
+      kNonZero, I32, I32, I32>(t, "s_absdiff_i32");
   add<[](i a, u b, bool&) { return (a >> (b & 31)); }, kNonZero, I32, I32, U32>(t, "s_ashr_i32");
   add<[](il a, u b, bool&) { return (a >> (b & 63)); }, kNonZero, I64, I64, U32>(t, "s_ashr_i64");
   add<[](u a, bool&) { return static_cast<i>(static_cast<int16_t>(a)); }, kKeep, I32, U32>(t, "s_sext_i32_i16");
@@ -156,10 +213,14 @@ void add_arithmetic(Operations& t) {
       return static_cast<u>(s);
     };
     const std::string name = "s_lshl" + std::to_string(n) + "_add_u32";
-    if (n == 1) add<[](u a, u b, bool& c) { return (shift_add.operator()<1>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
-    if (n == 2) add<[](u a, u b, bool& c) { return (shift_add.operator()<2>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
-    if (n == 3) add<[](u a, u b, bool& c) { return (shift_add.operator()<3>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
-    if (n == 4) add<[](u a, u b, bool& c) { return (shift_add.operator()<4>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
+    if (n == 1)
+      add<[](u a, u b, bool& c) { return (shift_add.operator()<1>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
+    if (n == 2)
+      add<[](u a, u b, bool& c) { return (shift_add.operator()<2>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
+    if (n == 3)
+      add<[](u a, u b, bool& c) { return (shift_add.operator()<3>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
+    if (n == 4)
+      add<[](u a, u b, bool& c) { return (shift_add.operator()<4>(a, b, c)); }, kGiven, U32, U32, U32>(t, name);
   }
   add<[](u a, u b, bool&) { return (a & 0xffff) | b << 16; }, kKeep, U32, U32, U32>(t, "s_pack_ll_b32_b16");
   add<[](u a, u b, bool&) { return (a & 0xffff) | (b & 0xffff0000); }, kKeep, U32, U32, U32>(t, "s_pack_lh_b32_b16");
@@ -172,25 +233,32 @@ void add_fields(Operations& t) {
   add<[](u a, u b, bool&) {
     const u bits = (b >> 16 & 0x7f), field = (a >> (b & 31));
     return (bits >= 32 ? field : field & ((1u << bits) - 1));
-  }, kNonZero, U32, U32, U32>(t, "s_bfe_u32");
+  },
+      kNonZero, U32, U32, U32>(t, "s_bfe_u32");
   add<[](i a, u b, bool&) {
     const u bits = (b >> 16 & 0x7f);
     const i field = (a >> (b & 31));
     return (bits == 0 ? 0 : bits >= 32 ? field : static_cast<i>(u(field) << (32 - bits)) >> (32 - bits));
-  }, kNonZero, I32, I32, U32>(t, "s_bfe_i32");
+  },
+      kNonZero, I32, I32, U32>(t, "s_bfe_i32");
   add<[](u a, u b, bool&) { return ((1u << (a & 31)) - 1) << (b & 31); }, kKeep, U32, U32, U32>(t, "s_bfm_b32");
-  add<[](u a, bool&) { return a != 0 ? static_cast<u>(std::countl_zero(a)) : kAll; }, kKeep, U32, U32>(t, "s_clz_i32_u32");
+  add<[](u a, bool&) { return a != 0 ? static_cast<u>(std::countl_zero(a)) : kAll; }, kKeep, U32, U32>(t,
+                                                                                                       "s_clz_i32_u32");
   add<[](i a, bool&) {
     const int same = a < 0 ? std::countl_one(u(a)) : std::countl_zero(u(a));
     return same == 32 ? -1 : same;
-  }, kKeep, I32, I32>(t, "s_cls_i32");
+  },
+      kKeep, I32, I32>(t, "s_cls_i32");
   add<[](u a, bool&) {
     u r = 0;
     for (int b = 0; b < 32; b++) r |= (a >> b & 1) << (31 - b);
     return r;
-  }, kKeep, U32, U32>(t, "s_brev_b32");
-  t.add("s_bitcmp0_b32", {compare<[](u a, u b) { return ((a >> (b & 31) & 1) == 0); }, U32>, Class::kSalu, 0, {Type::kU32, Type::kU32}});
-  t.add("s_bitcmp1_b32", {compare<[](u a, u b) { return ((a >> (b & 31) & 1) == 1); }, U32>, Class::kSalu, 0, {Type::kU32, Type::kU32}});
+  },
+      kKeep, U32, U32>(t, "s_brev_b32");
+  t.add("s_bitcmp0_b32",
+        {compare<[](u a, u b) { return ((a >> (b & 31) & 1) == 0); }, U32>, Class::kSalu, 0, {Type::kU32, Type::kU32}});
+  t.add("s_bitcmp1_b32",
+        {compare<[](u a, u b) { return ((a >> (b & 31) & 1) == 1); }, U32>, Class::kSalu, 0, {Type::kU32, Type::kU32}});
   add_k<[](u a, u old, bool&) { return old | 1u << (a & 31); }, kKeep, U32, U32, U32>(t, "s_bitset1_b32");
   add_k<[](u a, u old, bool&) { return old & ~(1u << (a & 31)); }, kKeep, U32, U32, U32>(t, "s_bitset0_b32");
 }
@@ -210,8 +278,14 @@ void add_floats(Operations& t) {
   add<[](float a, bool&) { return std::rint(a); }, kKeep, F32, F32>(t, "s_rndne_f32");
   add<[](i a, bool&) { return static_cast<float>(a); }, kKeep, F32, I32>(t, "s_cvt_f32_i32");
   add<[](u a, bool&) { return static_cast<float>(a); }, kKeep, F32, U32>(t, "s_cvt_f32_u32");
-  add<[](float a, bool&) { return (a != a ? 0 : a >= 0x1p31f ? 0x7fffffff : a <= -0x1p31f ? static_cast<i>(0x80000000) : static_cast<i>(a)); }, kKeep, I32, F32>(t, "s_cvt_i32_f32");
-  add<[](float a, bool&) { return (!(a > 0) ? 0 : a >= 0x1p32f ? kAll : static_cast<u>(a)); }, kKeep, U32, F32>(t, "s_cvt_u32_f32");
+  add<[](float a, bool&) {
+    return (a != a ? 0 : a >= 0x1p31f ? 0x7fffffff : a <= -0x1p31f ? static_cast<i>(0x80000000) : static_cast<i>(a));
+  },
+      kKeep, I32, F32>(t, "s_cvt_i32_f32");
+  add<[](float a, bool&) { return (!(a > 0)       ? 0
+                                   : a >= 0x1p32f ? kAll
+                                                  : static_cast<u>(a)); }, kKeep, U32, F32>(
+      t, "s_cvt_u32_f32");
 }
 
 template <auto Fn>
@@ -234,9 +308,7 @@ void wait(Wave& w, const Instruction& in) {  // offset: vmcnt, offset1: lgkmcnt
   w.outstanding = !w.vector_loads.entries.empty() || !w.other_loads.entries.empty();
 }
 
-void get_pc(Wave& w, const Instruction& in) {
-  set_scalar64(w, in.dst, w.group->kernel->image + in.address + in.size);
-}
+void get_pc(Wave& w, const Instruction& in) { set_scalar64(w, in.dst, w.group->kernel->image + in.address + in.size); }
 void set_pc(Wave& w, const Instruction& in) {
   w.pc = w.group->kernel->index_of(scalar64(w, in.src[0]) - w.group->kernel->image);
 }

@@ -18,14 +18,14 @@ struct Arguments {
 #endif
 
 // r: holds the output's old value before; a, b, c: a word each
-#define RDNA_WORDS(name, ...)                                                                                    \
-  __global__ void name(const uint32_t* pa, const uint32_t* pb, const uint32_t* pc, uint32_t* out) {              \
-    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;                                                    \
-    const uint32_t a = pa[i], b = pb[i], c = pc[i];                                                              \
-    uint32_t r = out[i];                                                                                         \
-    (void)a, (void)b, (void)c;                                                                                   \
-    __VA_ARGS__;                                                                                                 \
-    out[i] = r;                                                                                                  \
+#define RDNA_WORDS(name, ...)                                                                       \
+  __global__ void name(const uint32_t* pa, const uint32_t* pb, const uint32_t* pc, uint32_t* out) { \
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;                                       \
+    const uint32_t a = pa[i], b = pb[i], c = pc[i];                                                 \
+    uint32_t r = out[i];                                                                            \
+    (void)a, (void)b, (void)c;                                                                      \
+    __VA_ARGS__;                                                                                    \
+    out[i] = r;                                                                                     \
   }
 #define RDNA_ONE(name, text) RDNA_WORDS(name, RDNA_ASM(text : "+&v"(r) : "v"(a), "v"(b), "v"(c)))
 
@@ -54,42 +54,57 @@ RDNA_ONE(sub_64, "v_sub_co_u32 %0, vcc_lo, %2, %3\n v_sub_co_ci_u32 %0, vcc_lo, 
 RDNA_ONE(subrev_64, "v_subrev_co_u32 %0, vcc_lo, %2, %3\n v_subrev_co_ci_u32 %0, vcc_lo, %1, %2, vcc_lo")
 // Results that are NaN have any bits: 0 instead, where the comparison is of halves.
 #define RDNA_NAN_AS_0(x) "\n v_cmp_u_f32 vcc_lo, " x ", " x "\n v_cndmask_b32 %0, %0, 0, vcc_lo"
-RDNA_WORDS(mixlo, float t = 0; RDNA_ASM("v_fma_mix_f32 %1, %2, %3, %4 op_sel_hi:[1,0,0]\n v_fma_mixlo_f16 %0, %2, %3, %4 op_sel_hi:[1,0,0]" RDNA_NAN_AS_0("%1")
-                                        : "+&v"(r), "+&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
-RDNA_WORDS(mixhi, float t = 0; RDNA_ASM("v_fma_mix_f32 %1, %2, %3, %4 op_sel_hi:[1,0,0]\n v_fma_mixhi_f16 %0, %2, %3, %4 op_sel_hi:[1,0,0]" RDNA_NAN_AS_0("%1")
-                                        : "+&v"(r), "+&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
+RDNA_WORDS(mixlo, float t = 0; RDNA_ASM("v_fma_mix_f32 %1, %2, %3, %4 op_sel_hi:[1,0,0]\n v_fma_mixlo_f16 %0, %2, %3, "
+                                        "%4 op_sel_hi:[1,0,0]" RDNA_NAN_AS_0("%1") : "+&v"(r),
+                                        "+&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
+RDNA_WORDS(mixhi, float t = 0; RDNA_ASM("v_fma_mix_f32 %1, %2, %3, %4 op_sel_hi:[1,0,0]\n v_fma_mixhi_f16 %0, %2, %3, "
+                                        "%4 op_sel_hi:[1,0,0]" RDNA_NAN_AS_0("%1") : "+&v"(r),
+                                        "+&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
 RDNA_WORDS(to_f16, RDNA_ASM("v_cvt_f16_f32 %0, %1" RDNA_NAN_AS_0("%1") : "+&v"(r) : "v"(a) : "vcc"))
-RDNA_WORDS(select_negated, RDNA_ASM("v_and_b32 %0, 1, %3\n v_cmp_eq_u32 vcc_lo, 1, %0\n v_cndmask_b32 %0, -%1, |%2|, vcc_lo"
-                                    : "+&v"(r) : "v"(a), "v"(b), "v"(c) : "vcc"))
+RDNA_WORDS(select_negated,
+           RDNA_ASM("v_and_b32 %0, 1, %3\n v_cmp_eq_u32 vcc_lo, 1, %0\n v_cndmask_b32 %0, -%1, |%2|, vcc_lo" : "+&v"(
+                        r) : "v"(a),
+                    "v"(b), "v"(c) : "vcc"))
 RDNA_WORDS(med3, RDNA_ASM("v_med3_f32 %0, %1, %2, %3" : "+&v"(r) : "v"(a), "v"(b), "v"(c));
            const float x = __uint_as_float(a); const float y = __uint_as_float(b); const float z = __uint_as_float(c);
-           if ((x == 0 || y == 0 || z == 0) && x == x && y == y && z == z) r = 0)
-RDNA_WORDS(is_special, RDNA_ASM("v_cmp_class_f32 vcc_lo, %1, %2\n v_cndmask_b32 %0, 0, 1, vcc_lo" : "+&v"(r) : "v"(a), "v"(0x67) : "vcc"))
+           if (x == 0 || y == 0 || z == 0) r = 0)
+RDNA_WORDS(is_special, RDNA_ASM("v_cmp_class_f32 vcc_lo, %1, %2\n v_cndmask_b32 %0, 0, 1, vcc_lo" : "+&v"(r) : "v"(a),
+                                "v"(0x67) : "vcc"))
 RDNA_WORDS(mad_u64, uint64_t wide = 0; const uint64_t sum = uint64_t{c} << 32 | a;
-           RDNA_ASM("v_mad_u64_u32 %0, null, %1, %2, %3" : "=&v"(wide) : "v"(a), "v"(b), "v"(sum)); r = static_cast<uint32_t>(wide >> 32))
+           RDNA_ASM("v_mad_u64_u32 %0, null, %1, %2, %3" : "=&v"(wide) : "v"(a), "v"(b), "v"(sum));
+           r = static_cast<uint32_t>(wide >> 32))
 RDNA_WORDS(mad_i64, uint64_t wide = 0; const uint64_t sum = uint64_t{c} << 32 | a;
-           RDNA_ASM("v_mad_i64_i32 %0, null, %1, %2, %3" : "=&v"(wide) : "v"(a), "v"(b), "v"(sum)); r = static_cast<uint32_t>(wide >> 32))
+           RDNA_ASM("v_mad_i64_i32 %0, null, %1, %2, %3" : "=&v"(wide) : "v"(a), "v"(b), "v"(sum));
+           r = static_cast<uint32_t>(wide >> 32))
 // a dual instruction whose halves each read what the other writes; then b - 3 a, swapped
 RDNA_WORDS(dual_swap, RDNA_ASM("v_mov_b32 v4, %1\n v_mov_b32 v5, %2\n v_dual_mov_b32 v4, v5 :: v_dual_mov_b32 v5, v4\n"
-                               "v_mul_lo_u32 v4, v4, 3\n v_sub_nc_u32 %0, v5, v4" : "=&v"(r) : "v"(a), "v"(b) : "v4", "v5"))
-RDNA_WORDS(dual_mixed, RDNA_ASM("v_mov_b32 v4, %1\n v_mov_b32 v5, %2\n v_mov_b32 v6, %3\n"
-                                "v_dual_add_f32 v6, v4, v5 :: v_dual_lshlrev_b32 v5, v5, v6\n v_xor_b32 %0, v6, v5"
-                                : "=&v"(r) : "v"(a), "v"(b), "v"(c) : "v4", "v5", "v6");
-           if (__builtin_isnan(__uint_as_float(a) + __uint_as_float(b))) r = 0)
+                               "v_mul_lo_u32 v4, v4, 3\n v_sub_nc_u32 %0, v5, v4" : "=&v"(r) : "v"(a),
+                               "v"(b) : "v4", "v5"))
+RDNA_WORDS(
+    dual_mixed,
+    RDNA_ASM("v_mov_b32 v4, %1\n v_mov_b32 v5, %2\n v_mov_b32 v6, %3\n"
+             "v_dual_add_f32 v6, v4, v5 :: v_dual_lshlrev_b32 v5, v5, v6\n v_xor_b32 %0, v6, v5" : "=&v"(r) : "v"(a),
+             "v"(b), "v"(c) : "v4", "v5", "v6");
+    if (__builtin_isnan(__uint_as_float(a) + __uint_as_float(b))) r = 0)
 RDNA_WORDS(divide_f32, r = __float_as_uint(__uint_as_float(a) / __uint_as_float(b)))
-RDNA_WORDS(divide_f64_high, const double q = __longlong_as_double(static_cast<long long>(uint64_t{a} << 32 | c)) / __longlong_as_double(static_cast<long long>(uint64_t{b} << 32 | a));
+RDNA_WORDS(divide_f64_high, const double q = __longlong_as_double(static_cast<long long>(uint64_t{a} << 32 | c)) /
+                                             __longlong_as_double(static_cast<long long>(uint64_t{b} << 32 | a));
            r = static_cast<uint32_t>(static_cast<uint64_t>(__double_as_longlong(q)) >> 32); if (q != q) r = 0)
-RDNA_WORDS(divide_f64_low, const double q = __longlong_as_double(static_cast<long long>(uint64_t{a} << 32 | c)) / __longlong_as_double(static_cast<long long>(uint64_t{b} << 32 | a));
+RDNA_WORDS(divide_f64_low, const double q = __longlong_as_double(static_cast<long long>(uint64_t{a} << 32 | c)) /
+                                            __longlong_as_double(static_cast<long long>(uint64_t{b} << 32 | a));
            r = static_cast<uint32_t>(__double_as_longlong(q)); if (q != q) r = 0)
 // the low result from the low halves, the high one from a's low and the others' high halves; NaN gives 0
-RDNA_WORDS(pk_fma, uint32_t t = 0;
-           RDNA_ASM("v_pk_fma_f16 %0, %2, %3, %4 op_sel_hi:[0,1,1]\n v_cmp_u_f16 vcc_lo, %0, %0\n v_lshrrev_b32 %1, 16, %0\n v_cndmask_b32 %0, %0, 0, vcc_lo\n"
-                    "v_cmp_u_f16 vcc_lo, %1, %1\n v_cndmask_b32 %0, %0, 0, vcc_lo" : "=&v"(r), "=&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
+RDNA_WORDS(pk_fma, uint32_t t = 0; RDNA_ASM("v_pk_fma_f16 %0, %2, %3, %4 op_sel_hi:[0,1,1]\n v_cmp_u_f16 vcc_lo, %0, "
+                                            "%0\n v_lshrrev_b32 %1, 16, %0\n v_cndmask_b32 %0, %0, 0, vcc_lo\n"
+                                            "v_cmp_u_f16 vcc_lo, %1, %1\n v_cndmask_b32 %0, %0, 0, vcc_lo" : "=&v"(r),
+                                            "=&v"(t) : "v"(a), "v"(b), "v"(c) : "vcc"))
 
 __global__ void scalar_kernel(uint32_t x, uint32_t y, uint32_t* out) {
   uint32_t r[8] = {};
-  RDNA_ASM("s_add_u32 %0, %3, %4\n s_addc_u32 %1, %4, %3\n s_sub_u32 %2, %3, %4\n s_sub_u32 %2, %4, %3\n s_subb_u32 %2, %3, %4"
-           : "=&s"(r[0]), "=&s"(r[1]), "=&s"(r[2]) : "s"(y), "s"(x) : "scc");
+  RDNA_ASM(
+      "s_add_u32 %0, %3, %4\n s_addc_u32 %1, %4, %3\n s_sub_u32 %2, %3, %4\n s_sub_u32 %2, %4, %3\n s_subb_u32 %2, %3, "
+      "%4" : "=&s"(r[0]),
+      "=&s"(r[1]), "=&s"(r[2]) : "s"(y), "s"(x) : "scc");
   RDNA_ASM("s_sub_u32 %0, %2, %1\n s_subb_u32 %0, %1, %2" : "=&s"(r[2]) : "s"(x), "s"(y) : "scc");
   RDNA_ASM("s_mul_hi_i32 %0, %1, %2" : "=s"(r[3]) : "s"(x), "s"(y));
   RDNA_ASM("s_bfe_i32 %0, %1, 0x70001" : "=s"(r[4]) : "s"(x) : "scc");
@@ -99,15 +114,15 @@ __global__ void scalar_kernel(uint32_t x, uint32_t y, uint32_t* out) {
   if (threadIdx.x < 8) out[threadIdx.x] = r[threadIdx.x];
 }
 
-#define RDNA_LANES(name, ...)                                        \
-  __global__ void name(const uint32_t* in, uint32_t* out) {          \
-    const unsigned l = threadIdx.x;                                  \
-    uint32_t a = in[l];                                              \
-    uint32_t r = 55;                                                 \
-    RDNA_ASM("" : "+v"(a)); /* of all lanes, whatever follows */     \
-    (void)a;                                                         \
-    __VA_ARGS__;                                                     \
-    out[l] = r;                                                      \
+#define RDNA_LANES(name, ...)                                    \
+  __global__ void name(const uint32_t* in, uint32_t* out) {      \
+    const unsigned l = threadIdx.x;                              \
+    uint32_t a = in[l];                                          \
+    uint32_t r = 55;                                             \
+    RDNA_ASM("" : "+v"(a)); /* of all lanes, whatever follows */ \
+    (void)a;                                                     \
+    __VA_ARGS__;                                                 \
+    out[l] = r;                                                  \
   }
 #define RDNA_DPP(name, text) RDNA_LANES(name, RDNA_ASM("s_nop 4\n" text : "+&v"(r) : "v"(a)))
 
@@ -121,16 +136,23 @@ RDNA_DPP(dpp_sum, "v_add_nc_u32_dpp %0, %1, %1 row_mirror")
 RDNA_DPP(dpp_masks, "v_mov_b32_dpp %0, %1 quad_perm:[1,0,3,2] row_mask:0x1 bank_mask:0xd")
 RDNA_LANES(dpp_inactive, if (l % 2 == 0) return; RDNA_ASM("v_mov_b32_dpp %0, %1 row_xmask:1" : "+&v"(r) : "v"(a)))
 RDNA_LANES(dpp_fetch, if (l % 2 == 0) return; RDNA_ASM("v_mov_b32_dpp %0, %1 row_xmask:1 fi:1" : "+&v"(r) : "v"(a)))
-RDNA_LANES(permlanex16, RDNA_ASM("v_permlanex16_b32 %0, %1, %2, %3" : "+&v"(r) : "v"(a), "s"(0x89abcdefu), "s"(0x01234567u)))
-RDNA_LANES(permlane16, RDNA_ASM("v_permlane16_b32 %0, %1, %2, %3" : "+&v"(r) : "v"(a), "s"(0x87654321u), "s"(0x0fedcba9u)))
-RDNA_LANES(bpermute, RDNA_ASM("ds_bpermute_b32 %0, %1, %2\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(4 * (5 * l + 3)), "v"(a)))
+RDNA_LANES(permlanex16,
+           RDNA_ASM("v_permlanex16_b32 %0, %1, %2, %3" : "+&v"(r) : "v"(a), "s"(0x89abcdefu), "s"(0x01234567u)))
+RDNA_LANES(permlane16,
+           RDNA_ASM("v_permlane16_b32 %0, %1, %2, %3" : "+&v"(r) : "v"(a), "s"(0x87654321u), "s"(0x0fedcba9u)))
+RDNA_LANES(bpermute,
+           RDNA_ASM("ds_bpermute_b32 %0, %1, %2\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(4 * (5 * l + 3)), "v"(a)))
 // odd lanes: those of l % 4 == 1 read an even lane, which is inactive
 RDNA_LANES(bpermute_inactive, const unsigned from = l % 4 == 1 ? l + 1 : l + 2; if (l % 2 == 0) return;
            RDNA_ASM("ds_bpermute_b32 %0, %1, %2\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(4 * from), "v"(a)))
 RDNA_LANES(swizzle, RDNA_ASM("ds_swizzle_b32 %0, %1 offset:0x241f\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(a)))
-RDNA_LANES(read_write_lane, uint32_t s = 0; RDNA_ASM("v_mov_b32 %0, %2\n v_readlane_b32 %1, %2, 20\n v_writelane_b32 %0, %1, 9" : "=&v"(r), "=&s"(s) : "v"(a)))
-RDNA_LANES(first_of_some, if (l < 11) return; uint32_t s = 0; RDNA_ASM("v_readfirstlane_b32 %0, %1" : "=s"(s) : "v"(a)); r = s)
-RDNA_LANES(compare_some, if (l % 3 != 0) return; uint32_t s = 0; RDNA_ASM("v_cmp_le_u32 %0, 10, %1" : "=s"(s) : "v"(l)); r = s)
+RDNA_LANES(read_write_lane, uint32_t s = 0;
+           RDNA_ASM("v_mov_b32 %0, %2\n v_readlane_b32 %1, %2, 20\n v_writelane_b32 %0, %1, 9" : "=&v"(r),
+                    "=&s"(s) : "v"(a)))
+RDNA_LANES(first_of_some, if (l < 11) return; uint32_t s = 0; RDNA_ASM("v_readfirstlane_b32 %0, %1" : "=s"(s) : "v"(a));
+           r = s)
+RDNA_LANES(compare_some, if (l % 3 != 0) return; uint32_t s = 0; RDNA_ASM("v_cmp_le_u32 %0, 10, %1" : "=s"(s) : "v"(l));
+           r = s)
 RDNA_LANES(mbcnt, RDNA_ASM("v_mbcnt_lo_u32_b32 %0, %1, 3" : "=v"(r) : "s"(0xf0f0ff11u)))
 RDNA_LANES(diverge, r = 1; for (unsigned k = 0; k < l % 7; k++) r = k % 2 ? r * 3 : r + a)
 
@@ -196,7 +218,8 @@ __global__ void lds_kernel(const uint32_t* in, uint32_t* out) {
   uint32_t x = 0, y = 0;
   RDNA_ASM("ds_load_2addr_stride64_b32 %0, %1 offset0:0 offset1:1\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(first));
   x = static_cast<uint32_t>(r);
-  RDNA_ASM("ds_load_2addr_stride64_b32 %0, %1 offset0:1 offset1:2\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(second - 512));
+  RDNA_ASM(
+      "ds_load_2addr_stride64_b32 %0, %1 offset0:1 offset1:2\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(second - 512));
   y = static_cast<uint32_t>(r >> 32);
   out[2 * t] = x;
   out[2 * t + 1] = y;
@@ -257,7 +280,8 @@ __global__ void fault_lds(const uint32_t* in, uint32_t* out) {
 }
 __global__ void fault_wait(const uint32_t* in, uint32_t* out) {
   uint32_t r = 0;
-  RDNA_ASM("global_load_b32 %0, %1, off\n v_add_nc_u32 %0, 1, %0\n s_waitcnt vmcnt(0)" : "=&v"(r) : "v"(in + threadIdx.x));
+  RDNA_ASM(
+      "global_load_b32 %0, %1, off\n v_add_nc_u32 %0, 1, %0\n s_waitcnt vmcnt(0)" : "=&v"(r) : "v"(in + threadIdx.x));
   out[threadIdx.x] = r;
 }
 __global__ void fault_wait_lds(const uint32_t* in, uint32_t* out) {
@@ -268,14 +292,18 @@ __global__ void fault_wait_lds(const uint32_t* in, uint32_t* out) {
   RDNA_ASM("ds_load_b32 %0, %1\n v_add_nc_u32 %0, 1, %0\n s_waitcnt lgkmcnt(0)" : "=&v"(r) : "v"(4 * threadIdx.x));
   out[threadIdx.x] = r + lds[0];
 }
-__global__ void fault_wait_count(const uint32_t* in, uint32_t* out) {  // the first of two loads may be read, the second not
+__global__ void fault_wait_count(const uint32_t* in,
+                                 uint32_t* out) {  // the first of two loads may be read, the second not
   uint32_t r = 0, s = 0;
-  RDNA_ASM("s_waitcnt vmcnt(0)\n global_load_b32 %0, %2, off\n global_load_b32 %1, %2, off\n s_waitcnt vmcnt(1)\n v_add_nc_u32 %0, 1, %0\n v_add_nc_u32 %1, 1, %1\n s_waitcnt vmcnt(0)"
-           : "=&v"(r), "=&v"(s) : "v"(in + threadIdx.x));
+  RDNA_ASM(
+      "s_waitcnt vmcnt(0)\n global_load_b32 %0, %2, off\n global_load_b32 %1, %2, off\n s_waitcnt vmcnt(1)\n "
+      "v_add_nc_u32 %0, 1, %0\n v_add_nc_u32 %1, 1, %1\n s_waitcnt vmcnt(0)" : "=&v"(r),
+      "=&v"(s) : "v"(in + threadIdx.x));
   out[threadIdx.x] = r + s;
 }
 __global__ void fault_barrier(const uint32_t* in, uint32_t* out) {
-  RDNA_ASM("ds_store_b32 %0, %1\n s_barrier\n s_waitcnt lgkmcnt(0)" ::"v"(4 * (threadIdx.x & 15)), "v"(in[threadIdx.x]));
+  RDNA_ASM("ds_store_b32 %0, %1\n s_barrier\n s_waitcnt lgkmcnt(0)" ::"v"(4 * (threadIdx.x & 15)),
+           "v"(in[threadIdx.x]));
   __shared__ uint32_t lds[64];
   lds[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
