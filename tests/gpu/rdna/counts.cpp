@@ -69,7 +69,7 @@ std::string readable_name(const std::string& mangled) {
 std::string counts_table(const std::vector<const Kernel*>& kernels) {
   std::string table = "| kernel | launches |";
   for (const Column& c : columns()) table += std::string(" ") + c.name + " |";
-  table += " bytes loaded | bytes stored | misaligned |\n|---|";
+  table += " bytes loaded, all lanes | bytes stored | misaligned |\n|---|";
   for (size_t i = 0; i < columns().size() + 4; i++) table += "---|";
   table += "\n";
   for (const Kernel* k : kernels) {

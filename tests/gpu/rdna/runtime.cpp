@@ -217,6 +217,23 @@ const char* rdna_take_fault() {
   return text.c_str();
 }
 
+// What was executed since the last clearing, to a file.
+void rdna_write_counts(const char* path) {
+  Device& d = device();
+  const std::lock_guard<std::recursive_mutex> lock(d.mutex);
+  std::ofstream(path) << counts_table(d.all());
+}
+void rdna_clear_counts() {
+  Device& d = device();
+  const std::lock_guard<std::recursive_mutex> lock(d.mutex);
+  for (const auto& o : d.objects) {
+    for (const auto& k : o->kernels()) {
+      k->launches = 0;
+      for (auto* counts : {&k->times, &k->lanes, &k->misaligned}) std::fill(counts->begin(), counts->end(), 0);
+    }
+  }
+}
+
 const char* hipGetErrorName(hipError_t e) { return e == hipErrorLaunchFailure ? "hipErrorLaunchFailure" : "hipError"; }
 const char* hipGetErrorString(hipError_t e) {
   return e == hipErrorLaunchFailure && !device().last_fault.empty() ? device().last_fault.c_str()
