@@ -68,7 +68,7 @@ std::string readable_name(const std::string& mangled) {
 
 std::string counts_table(const std::vector<const Kernel*>& kernels) {
   std::string table = "| kernel | launches |";
-  for (const Column& c : columns()) table += std::string(" ") + c.name + " |";
+  for (const Column& c : columns()) table.append(" ").append(c.name).append(" |");
   table += " bytes loaded, all lanes | bytes stored | misaligned |\n|---|";
   for (size_t i = 0; i < columns().size() + 4; i++) table += "---|";
   table += "\n";
@@ -83,14 +83,17 @@ std::string counts_table(const std::vector<const Kernel*>& kernels) {
       if (in.klass == Class::kLoad) in_bytes += k->lanes[i] * bytes_of(in);
       if (in.klass == Class::kStore) out_bytes += k->lanes[i] * bytes_of(in);
     }
-    table += "| " + readable_name(k->name) + " | " + std::to_string(k->launches) + " |";
+    const auto cell = [&table](const std::string& text) { table.append(" ").append(text).append(" |"); };
+    table.append("|");
+    cell(readable_name(k->name));
+    cell(std::to_string(k->launches));
     for (const Column& c : columns()) {
       uint64_t n = 0;
       for (Class klass : c.classes) n += sums[static_cast<size_t>(klass)];
-      table += " " + human(static_cast<double>(n)) + " |";
+      cell(human(static_cast<double>(n)));
     }
-    table += " " + human(static_cast<double>(in_bytes)) + " | " + human(static_cast<double>(out_bytes)) + " | " +
-             human(static_cast<double>(misaligned)) + " |\n";
+    for (uint64_t n : {in_bytes, out_bytes, misaligned}) cell(human(static_cast<double>(n)));
+    table.append("\n");
   }
   return table;
 }

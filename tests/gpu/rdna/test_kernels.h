@@ -15,6 +15,8 @@ struct Arguments {
 #define RDNA_ASM(...) asm volatile(__VA_ARGS__)
 #else
 #define RDNA_ASM(...)
+#pragma clang diagnostic ignored "-Wunused-variable"  // used by the device's compile alone
+#pragma clang diagnostic ignored "-Wunused-parameter"
 #endif
 
 // r: holds the output's old value before; a, b, c: a word each
