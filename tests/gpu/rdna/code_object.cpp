@@ -1,6 +1,7 @@
 #include "code_object.h"
 
 #include <elf.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -143,10 +144,6 @@ CodeObject::CodeObject(const uint8_t* elf, size_t bytes) : file_(elf, elf + byte
   }
 }
 
-CodeObject::~CodeObject() {
-  if (!path_.empty()) unlink(path_.c_str());
-}
-
 Region CodeObject::region() const {
   const auto begin = reinterpret_cast<uint64_t>(image_.data());
   return {begin, begin + image_.size(), false};
@@ -178,12 +175,11 @@ void CodeObject::read_notes(const uint8_t* p, size_t bytes) {
 
 std::string CodeObject::disassemble(const Kernel& kernel) {
   if (path_.empty()) {
-    char name[] = "/tmp/rdna_XXXXXX";
-    const int file = mkstemp(name);
-    if (file < 0 || write(file, file_.data(), file_.size()) != static_cast<ssize_t>(file_.size()))
-      fault("cannot write ", name);
-    close(file);
-    path_ = name;
+    const int file = memfd_create("code object", 0);  // the disassembler inherits it
+    if (file < 0 || write(file, file_.data(), file_.size()) != static_cast<ssize_t>(file_.size())) {
+      fault("no memory for a copy of the code object");
+    }
+    path_ = "/proc/self/fd/" + std::to_string(file);
   }
   const std::string command = RDNA_OBJDUMP " -d --disassemble-symbols=" + kernel.name + " " + path_;
   FILE* pipe = popen(command.c_str(), "r");

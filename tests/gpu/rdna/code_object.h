@@ -13,7 +13,6 @@ namespace rdna {
 class CodeObject {
  public:
   CodeObject(const uint8_t* elf, size_t bytes);
-  ~CodeObject();
   CodeObject(const CodeObject&) = delete;
   CodeObject& operator=(const CodeObject&) = delete;
 
@@ -28,7 +27,7 @@ class CodeObject {
   std::vector<uint8_t> file_;
   std::vector<uint8_t> image_;
   std::vector<std::unique_ptr<Kernel>> kernels_;
-  std::string path_;  // of the copy the disassembler reads
+  std::string path_;  // of the copy in memory that the disassembler reads; kept until the process ends
 };
 
 // The ELF for `target` in a fat binary's wrapper {magic, version, pointer to the bundle}. nullptr: there is none.
