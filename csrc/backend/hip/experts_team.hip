@@ -119,11 +119,11 @@ struct LaneExperts {
   }
 }
 
-// out [n_out]
+// out [n_out]. 96 registers: a block of the next kernel (256 threads of 64) finds room beside it, but no second block
+// of a team.
 template <typename F>
-__global__ void __launch_bounds__(kTeamThreads, 1)
-    experts_team_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words, int size,
-                        float* out) {
+__global__ void DFLASH_REGISTERS(96) experts_team_kernel(ExpertTiles w, QuantRows x, FewChoice choice,
+                                                         WaveMemory memory, ExpertWords words, int size, float* out) {
   DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<1> sums[2][2], down_sums[kBatch][2];  // of half a block's tiles; the first in turn
   __shared__ float weights[gpu::kWave];                    // of the slots
@@ -180,8 +180,6 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       post_group(swiglu(gate, up), words.q + group * 8, words.scale + group * 2, launch);
     }
   }
-  gpu::release_next();
-
   stream.expect(ff.g1 - ff.g0);
   segments = segment_count(w.down.groups);
   const int64_t y_stride = static_cast<int64_t>(w.down.tiles) * kTile;
@@ -190,8 +188,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   for (int first = 0; team.rank + first * size < w.down.tiles; first += 2 * kBatch) {
 #pragma unroll 1
     for (int b = 0; b < kBatch; ++b) {
-      if (team.rank + (first + 2 * b + half) * size >= w.down.tiles) break;
+      const int tile = team.rank + (first + 2 * b + half) * size;
+      if (tile >= w.down.tiles) break;
       tile_segment<F, 1, false>(stream, acts, row0, 1, down_sums[b][half][segment]);
+      if (tile + 4 * size >= w.down.tiles) gpu::release_next();  // the last weights are on their way
     }
     __syncthreads();
     const int nth = first + wave, tile = team.rank + nth * size;  // a wave a tile

@@ -17,6 +17,13 @@ inline constexpr bool kTakeIn = true;
 inline constexpr size_t kSharedMost = size_t{226} << 10;
 #endif
 
+// Registers a thread of a kernel may have, where a bound on blocks is too coarse (NVIDIA).
+#if defined(DFLASH_GPU_CUDA)
+#define DFLASH_REGISTERS(n) __maxnreg__(n)
+#else
+#define DFLASH_REGISTERS(n)
+#endif
+
 // Blocks of a few-row kernel that should fit a multiprocessor at a time, by the rows it is made for: with few rows room
 // is left for the next kernel, whose copies then begin early. (AMD: what registers and shared memory give.)
 constexpr int few_blocks(int rows) {
