@@ -3,19 +3,19 @@
 
     python bench/paired.py mini-m2.gguf mini-m2-dflash.gguf prompts.jsonl --arms plain,auto --rounds 20
 
-All arms write the same text (no depth changes it), each in a session of its own in one process, and take turns token by
-token in random order, so that slow stretches of the machine hit all of them at the same place of the text. A step
-counts at most SLOWEST times the median of its kind: that cuts what interrupted it and nothing else. Speed is the first
-arm's seconds over the arm's; behind it half the 95% interval that rounds drawn anew (bootstrap) give. The first arm
-runs twice: "null" is it against itself, the error of the comparison; arms are compared with the mean of the two.
+All arms write the same text (no depth changes it), each in a session of its own in one process, and take turns of a few
+tokens in random order, so that slow stretches of the machine hit all of them at the same place of the text. The first
+COLD tokens of a turn, which find the other arms' keys and values in the caches, are not timed. A step counts at most
+SLOWEST times the median of its kind: that cuts what interrupted it and nothing else. Speed is the first arm's seconds a
+token over the arm's; behind it half the 95% interval that rounds drawn anew (bootstrap) give. The first arm runs twice:
+"null" is it against itself, the error of the comparison; the others are compared with the mean of the two.
 
 Arms: plain (depth 0), alone (the target loaded without a drafter: its own threads and weights, so compare it in long
 turns, --turn 40), 1, 2, ... (that depth), auto, auto-no-lookup. Every text has new sessions (where their memory lies is
 worth some tenths of a percent, too), which first write it --warm-up times untimed, so that the policy has settled as in
 a long conversation. With --fresh every round has new ones instead, which have learned nothing yet.
 
-Interleaved sessions share caches: each finds the target's weights of its token warmer than alone, its own keys and values
-colder (steps take 5 to 10% longer on the mini pair), and what a drafter run pushed out is paid by the next arms, too.
+Interleaved sessions share caches: what a drafter run pushed out is paid by the rest of its turn and then by the others.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from dflash_cpp.corpus import read_corpus
 from dflash_cpp.tokenizer import Tokenizer
 
 SLOWEST = 5.0  # a step that takes in a backlog of taps is three times as long as others of its kind
-COLD = 8  # tokens at the start of a long turn that are not timed
+COLD = 2  # tokens at the start of a turn that are not timed
 Kind = tuple[str, int]  # who drafted, how many were verified
+Step = tuple[Kind, int, float]  # tokens committed, seconds
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Arm:
     n_ctx: int
     session: _core.Session = field(init=False)
     at: int = 0  # tokens of the text written so far
-    steps: list[tuple[Kind, float]] = field(default_factory=list)  # seconds of the timed steps of this round
+    steps: list[Step] = field(default_factory=list)  # the timed ones of this round
     done: Counter[str] = field(default_factory=Counter)  # what the session itself counts, from the first token on
 
     def open(self) -> None:
@@ -81,9 +82,9 @@ class Arm:
             seconds = perf_counter() - start
             self.at += len(step.tokens)
             if timed:
-                self.steps.append(((step.source, step.drafted), seconds))
+                self.steps.append(((step.source, step.drafted), len(step.tokens), seconds))
 
-    def end(self) -> list[tuple[Kind, float]]:
+    def end(self) -> list[Step]:
         """The round's timed steps."""
         self._count(1)
         return self.steps
@@ -98,19 +99,20 @@ class Arm:
 
 
 def run_text(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each round, by arm."""
-    rounds: dict[str, list[list[tuple[Kind, float]]]] = {arm.name: [] for arm in arms}
+    """Seconds a token of each round, by arm."""
+    rounds: dict[str, list[list[Step]]] = {arm.name: [] for arm in arms}
     rng = random.Random(args.seed)
     for r in range(-args.warm_up, args.rounds):
         for arm in arms:
             if args.fresh or r == -args.warm_up:
                 arm.open()
             arm.begin(prompt, args)
+        last = 1
         for end in [*range(1 + args.turn, args.tokens, args.turn), args.tokens]:
             for arm in rng.sample(arms, len(arms)):
-                if args.turn > COLD:
-                    arm.advance(end - args.turn + COLD, timed=False)
+                arm.advance(min(end, last + COLD), timed=False)
                 arm.advance(end)
+            last = end
         for arm in arms:
             steps = arm.end()
             if r >= 0:
@@ -118,14 +120,14 @@ def run_text(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace) -
     return {name: seconds(steps) for name, steps in rounds.items()}
 
 
-def seconds(rounds: list[list[tuple[Kind, float]]]) -> NDArray[np.float64]:
-    """Sum of each round, interruptions cut."""
+def seconds(rounds: list[list[Step]]) -> NDArray[np.float64]:
+    """Of a token in each round, interruptions cut."""
     by_kind: dict[Kind, list[float]] = defaultdict(list)
     for steps in rounds:
-        for kind, s in steps:
+        for kind, _, s in steps:
             by_kind[kind].append(s)
     most = {kind: SLOWEST * float(np.median(s)) for kind, s in by_kind.items()}
-    return np.array([sum(min(s, most[kind]) for kind, s in steps) for steps in rounds])
+    return np.array([sum(min(s, most[kind]) for kind, _, s in steps) / sum(n for _, n, _ in steps) for steps in rounds])
 
 
 def speed(arm: NDArray[np.float64], base: NDArray[np.float64]) -> tuple[float, float]:
@@ -186,7 +188,7 @@ def main() -> None:
         row, unit = speeds(found), float(found[names[0]].mean())
         for name, s in found.items():
             pooled[name].append(s / unit)
-        us = 1e6 * unit / (args.tokens - 1) / (1 - COLD / args.turn if args.turn > COLD else 1)
+        us = 1e6 * unit
         print(f"{i:<6}{us:>9.1f}" + "".join(f"{s:>10.4f} +-{e:.4f}" for s, e in row.values()), flush=True)
         results.append({"text": i, "us_per_token": us, "speed": row})
     every = speeds({name: np.concatenate(s) for name, s in pooled.items()})
