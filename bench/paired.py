@@ -5,7 +5,7 @@
 
 All arms write the same text (no depth changes it), each in a session of its own in one process, and take turns of a few
 tokens in random order, so that slow stretches of the machine hit all of them at the same place of the text. The first
-COLD tokens of a turn, which find the other arms' keys and values in the caches, are not timed. A step counts at most
+COLD steps of a turn, which find the other arms' keys and values in the caches, are not timed. A step counts at most
 SLOWEST times the median of its kind: that cuts what interrupted it and nothing else. Speed is the first arm's seconds a
 token over the arm's; behind it half the 95% interval that rounds drawn anew (bootstrap) give. The first arm runs twice:
 "null" is it against itself, the error of the comparison; the others are compared with the mean of the two.
@@ -38,7 +38,7 @@ from dflash_cpp.corpus import read_corpus
 from dflash_cpp.tokenizer import Tokenizer
 
 SLOWEST = 5.0  # a step that takes in a backlog of taps is three times as long as others of its kind
-COLD = 2  # tokens at the start of a turn that are not timed
+COLD = 2  # steps at the start of a turn that are not timed
 Kind = tuple[str, int]  # who drafted, how many were verified
 Step = tuple[Kind, int, float]  # tokens committed, seconds
 
@@ -74,14 +74,19 @@ class Arm:
         self.steps = []
         self._count(-1)
 
-    def advance(self, to: int, *, timed: bool = True) -> None:
-        """Steps until so many tokens are there."""
-        while self.at < to:
+    def take_turn(self, to: int) -> None:
+        """Steps until so many tokens are there: COLD untimed, then at least one timed."""
+        step = None
+        steps = 0
+        while self.at < to or 0 < steps <= COLD:
+            if step is not None and step.stop is not None:
+                return
             start = perf_counter()
             step = self.session.step()
             seconds = perf_counter() - start
             self.at += len(step.tokens)
-            if timed:
+            steps += 1
+            if steps > COLD:
                 self.steps.append(((step.source, step.drafted), len(step.tokens), seconds))
 
     def end(self) -> list[Step]:
@@ -107,12 +112,9 @@ def run_text(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace) -
             if args.fresh or r == -args.warm_up:
                 arm.open()
             arm.begin(prompt, args)
-        last = 1
         for end in [*range(1 + args.turn, args.tokens, args.turn), args.tokens]:
             for arm in rng.sample(arms, len(arms)):
-                arm.advance(min(end, last + COLD), timed=False)
-                arm.advance(end)
-            last = end
+                arm.take_turn(end)
         for arm in arms:
             steps = arm.end()
             if r >= 0:
