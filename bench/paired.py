@@ -15,6 +15,7 @@ turns, --turn 40), 1, 2, ... (that depth), auto, auto-no-lookup. Every text has 
 worth some tenths of a percent, too), which first write it --warm-up times untimed, so that the policy has settled as in
 a long conversation. With --fresh every round has new ones instead, which have learned nothing yet.
 
+Turns of 6 tokens hold few steps that commit several: for fixed depths take longer ones, --turn 24.
 Interleaved sessions share caches: what a drafter run pushed out is paid by the rest of its turn and then by the others.
 """
 
