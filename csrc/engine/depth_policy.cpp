@@ -10,15 +10,20 @@ namespace dflash {
 
 namespace {
 
-constexpr size_t kRecent = 12;         // measurements kept of each index
+constexpr size_t kRecent = 24;         // measurements kept of each index
 constexpr size_t kShift = 4;           // measurements in a row that must all be ...
 constexpr double kShifted = 1.15;      // ... this far off, the same way, to say that the whole machine changed
-constexpr double kOthersWeight = 1.5;  // of what the neighbours or the line say, against an index' own measurements
+constexpr double kOthersWeight = 0.6;  // of what the neighbours or the line say, against an index' own measurements
 constexpr double kFirstClamp = 1.5;    // an index measured less than kTrusted times is at most this far above the line
 constexpr size_t kTrusted = 3;
 constexpr double kFade = 0.985;               // per measurement elsewhere, of the trust in an index' own ...
 constexpr double kLeast = 0.25;               // ... but not below this share
 constexpr double kPriorWeightOfSlope = 0.02;  // the prior's slope, against measured ones
+constexpr double kMostDeviation = 0.25;       // relative; beyond it a measurement is an outlier
+constexpr double kSpreadMemory = 0.97;        // of measurements' spread
+constexpr double kStandardDeviation = 1.25;   // of a normal distribution, against its mean deviation
+constexpr double kOfMedian = 1.25;            // standard error of such a middle value, against a mean's
+constexpr double kLineError = 0.1;            // standard error where nothing was measured, and at most
 constexpr double kHope = 0.15;                // benefit of the doubt of an index never measured
 
 }  // namespace
@@ -33,7 +38,11 @@ CostTable::CostTable(std::vector<double> prior, bool has_yardstick)
 
 void CostTable::observe(size_t index, double seconds) {
   if (!(seconds > 0.0)) return;
-  if (count(index) > 0) follow(index, seconds / at(index));
+  if (count(index) > 0) {
+    const double surprise = seconds / at(index), deviation = std::min(std::abs(surprise - 1.0), kMostDeviation);
+    spread_ += (1.0 - kSpreadMemory) * (kStandardDeviation * deviation - spread_);
+    follow(index, surprise);
+  }
   if (index == 0 && yardstick_afresh_) {
     confirm_shift(seconds / at(0));
     recent_[0].clear();
@@ -139,57 +148,12 @@ void CostTable::fit() {
   }
 }
 
+double CostTable::error(size_t index) const {
+  if (count(index) == 0) return kLineError;
+  return std::min(kLineError, kOfMedian * spread_ / std::sqrt(static_cast<double>(count(index))));
+}
+
 double CostTable::hopeful(size_t index) const { return at(index) * (1.0 - kHope / (1.0 + trust(index))); }
-
-// ---- Calibration ------------------------------------------------------------------------------------------------
-
-namespace {
-
-constexpr float kBinEdges[Calibration::kBins - 1] = {0.08f, 0.16f, 0.28f, 0.42f, 0.56f, 0.70f, 0.82f, 0.91f, 0.97f};
-constexpr double kAllMemory = 0.995, kSlotMemory = 0.97;  // about 70 and 35 observations
-constexpr double kPriorWeight = 3.0, kSlotWeight = 6.0;
-constexpr double kUnknownAcceptance = 0.5;
-
-}  // namespace
-
-Calibration::Calibration(int max_depth)
-    : by_slot_(static_cast<size_t>(max_depth)), slot_(static_cast<size_t>(max_depth)) {}
-
-void Calibration::Count::add(bool yes, double memory) {
-  stood = stood * memory + (yes ? 1.0 : 0.0);
-  total = total * memory + 1.0;
-}
-
-int Calibration::bin(float confidence) {
-  return static_cast<int>(std::upper_bound(std::begin(kBinEdges), std::end(kBinEdges), confidence) -
-                          std::begin(kBinEdges));
-}
-
-double Calibration::acceptance(int slot, float confidence) const {
-  const size_t b = static_cast<size_t>(bin(confidence));
-  const Count& all = all_[b];
-  const double general = (all.stood + kPriorWeight * static_cast<double>(confidence)) / (all.total + kPriorWeight);
-  const Count& own = by_slot_[static_cast<size_t>(slot)][b];
-  return (own.stood + kSlotWeight * general) / (own.total + kSlotWeight);
-}
-
-std::vector<double> Calibration::averages(int slots) const {
-  std::vector<double> out;
-  double prior = kUnknownAcceptance;  // a slot never reached takes after the one before it
-  for (int i = 0; i < slots; ++i) {
-    const Count& c = slot_[static_cast<size_t>(i)];
-    prior = (c.stood + kPriorWeight * prior) / (c.total + kPriorWeight);
-    out.push_back(prior);
-  }
-  return out;
-}
-
-void Calibration::observe(int slot, float confidence, bool stood) {
-  const size_t b = static_cast<size_t>(bin(confidence));
-  all_[b].add(stood, kAllMemory);
-  by_slot_[static_cast<size_t>(slot)][b].add(stood, kSlotMemory);
-  slot_[static_cast<size_t>(slot)].add(stood, kSlotMemory);
-}
 
 // ---- DepthPolicy ------------------------------------------------------------------------------------------------
 
@@ -201,26 +165,43 @@ std::vector<double> draft_prior(int max_depth, double draft) {
   return prior;
 }
 
-constexpr size_t kStale = 3;           // drafted rounds remembered through a wait
-constexpr double kReplayFade = 0.955;  // weight of a drafted round against the next newer one
-constexpr int kExplore = 8;            // every so many drafted rounds a width hardly measured may be tried ...
-constexpr int kLook = 8;               // every so many probes measure a pass of two rows
-constexpr size_t kMeasured = 2;        // ... until it has been measured this often
-constexpr double kMargin = 1.03;       // drafting must promise this much: the best of noisy estimates promises too much
-constexpr double kGoodCopy = 0.75;     // acceptance of lookup's tokens that is worth a look ...
-constexpr int kCopyLook = 48;          // ... every so many candidates left aside ...
-constexpr int kCopyTry = 7;            // ... at this many tokens
-constexpr size_t kWarmUp = 3;          // plain rounds first: every comparison is with them
-constexpr int kShortWait = 8;          // rounds to the first probe after parking, at least
-constexpr double kLongestWait = 200;   // and between probes that show nothing
+double mean_of_positive_part(double mean, double deviation) {  // of a normal distribution
+  constexpr double kSqrt2 = 1.4142135623730951, kSqrtTwoPi = 2.5066282746310002;
+  const double z = mean / deviation;
+  return mean * 0.5 * std::erfc(-z / kSqrt2) + deviation * std::exp(-0.5 * z * z) / kSqrtTwoPi;
+}
+
+constexpr double kReplayFade = 0.98;    // weight of a drafted round against the next newer one ...
+constexpr double kReplayRounds = 300;   // ... and e times less by so many rounds between them
+constexpr double kNegligible = 0.01;    // chance of reaching a slot, below which the rest is left out
+constexpr double kScatter = 0.3;        // tokens by which rounds differ, as if that had been ...
+constexpr double kScatterWeight = 2;    // ... seen so often
+constexpr int kExplore = 8;             // every so many drafted rounds a width hardly measured may be tried ...
+constexpr int kLook = 8;                // every so many looks measure a pass of two rows
+constexpr size_t kMeasured = 2;         // ... until it has been measured this often
+constexpr double kSure = 0.3;           // drafting pays for sure: by so many standard errors, but by ...
+constexpr double kLeastMargin = 0.005;  // ... this much at least, since the best of several estimates promises too much
+constexpr double kMostMargin = 0.08;    // ... and no more: what is wrong is soon corrected while drafting goes on
+constexpr double kUpsideShare = 0.7;    // looks may cost so much of what drafting could still gain ...
+constexpr double kMostShare = 0.03;     // ... but no more of the time than this ...
+constexpr double kLeastShare = 0.004;   // ... and this, however hopeless: texts change
+constexpr int kFirstLooks = 4;          // whatever these say: a first measurement may be an outlier ...
+constexpr double kMostCharge = 1.25;    // ... so a look is charged no more plain rounds than this, or than the draft
+constexpr double kDoubt = 0.25;         // standard errors that a look is taken to lose beyond what is expected ...
+constexpr double kMostDoubt = 0.1;      // ... of no more than this
+constexpr int kAskParked = 8;           // plain rounds between two estimates without news of drafts ...
+constexpr int kAskDrafting = 4;         // ... and drafted ones, unless they contradict the estimate
+constexpr double kCopyMargin = 1.03;    // lookup must promise this much
+constexpr double kGoodCopy = 0.75;      // acceptance of lookup's tokens that is worth a look ...
+constexpr int kCopyLook = 48;           // ... every so many candidates left aside ...
+constexpr int kCopyTry = 7;             // ... at this many tokens
+constexpr size_t kWarmUp = 3;           // plain rounds first: every comparison is with them
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
-constexpr double kProbeShare = 0.004;      // of the time, that probes may cost in the long run ...
-constexpr double kFirstShare = 0.05;       // ... just after parking ...
-constexpr double kProbeMost = 0.02;        // ... and in the long run where kLongestWait is not long enough
-constexpr double kFar = 0.85;              // promise of a probe, against plain decoding, at which the drafter may sleep
-constexpr int kFarSlots = 2;               // slots that a probe asks for then
-constexpr int kAwake = 32;                 // rounds before the next probe that it hears of
-constexpr double kLongestYardstick = 64;   // rounds on which drafting is believed without a look at plain decoding
+constexpr double kFar = 0.85;              // speed against plain decoding at which the drafter may sleep
+constexpr int kFarSlots = 2;               // slots that a look asks for then
+constexpr int kAwake = 32;                 // rounds before the next look that it hears of
+constexpr double kFirstYardstick = 8;      // rounds on which drafting is believed without a look at plain decoding ...
+constexpr double kLongestYardstick = 64;   // ... doubled as long as it is borne out
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
@@ -231,7 +212,8 @@ DepthPolicy::DepthPolicy(int max_depth, const CostPrior& prior)
     : max_depth_(max_depth),
       verify_(prior.verify, true),
       draft_(draft_prior(max_depth, prior.draft), false),
-      calibration_(max_depth) {
+      calibration_(max_depth),
+      trusted_(kFirstYardstick) {
   lookup_acceptance_ = {0.35, 0.5, 0.65, 0.75, 0.85};
 }
 
@@ -239,45 +221,48 @@ int DepthPolicy::lookup_bucket(int match) {
   return match < 4 ? 0 : match < 6 ? 1 : match < 10 ? 2 : match < 20 ? 3 : 4;
 }
 
-// A probe costs a drafter run, less what a second row brings where it is worth its time.
-double DepthPolicy::probe_loss() const {
-  const double plain = verify_cost(1);
-  const double gain = std::max(0.0, calibration_.averages(1)[0] - (verify_cost(2) / plain - 1.0));
-  return draft_cost(std::min(kFirstDepth, max_depth_)) / plain - gain;
-}
-
-// Probes are spread so thin that they stay a small part of the whole.
-int DepthPolicy::longest_wait() const {
-  const double loss = probe_loss(), most = std::max(kLongestWait, loss / kProbeMost);
-  return static_cast<int>(std::clamp(loss / kProbeShare, static_cast<double>(kShortWait), most));
-}
-
-int DepthPolicy::first_wait() const {
-  return std::clamp(static_cast<int>(probe_loss() / kFirstShare), kShortWait, longest_wait());
+// Standard error of a drafted round's speed against plain decoding.
+double DepthPolicy::relative_error(const Choice& draft) const {
+  const double tokens = draft.sigma / draft.tokens;
+  const double share = draft_cost(draft.n) / draft.seconds;
+  const double drafting = share * draft_.error(static_cast<size_t>(draft.n) - 1);
+  const double verifying = (1.0 - share) * verify_.error(static_cast<size_t>(draft.depth));
+  const double plain = verify_.error(0);
+  return std::sqrt(tokens * tokens + drafting * drafting + verifying * verifying + plain * plain);
 }
 
 // Replays the last drafted rounds for every n at once: with m slots known, those beyond m get the slot's average.
-DepthPolicy::Choice DepthPolicy::best_draft(int max_depth, size_t rounds) const {
-  Choice best{0, 1.0 / verify_cost(1)};
-  const double price = std::max(rate_, best.rate);
-  std::vector<double> tokens(static_cast<size_t>(max_depth) + 1, 0.0), seconds(tokens.size(), 0.0);
+// Newer rounds count more: a wait between looks makes those before it old.
+DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) {
+  const double plain = verify_cost(1), price = std::max(rate_, 1.0 / plain);
+  const size_t depths = static_cast<size_t>(max_depth);
   const std::vector<double> average = calibration_.averages(max_depth);
+  std::vector<double> tokens(depths + 1, 0.0), seconds(depths + 1, 0.0), cost(depths);
+  for (size_t i = 0; i < depths; ++i) cost[i] = verify_.hopeful(i + 1);
+  weight_.clear();
+  reach_.assign(replay_.size() * depths, 0.0);
+  double* reaches = reach_.data();  // [depths] of the round at hand
   double weight = 1.0, weights = 0.0;
-  for (size_t r = 0; r < std::min(rounds, replay_.size()); ++r) {
-    const std::vector<float>& confidence = replay_[r];
-    double reach = 1.0, expected = 1.0, best_tokens = 1.0, best_seconds = verify_cost(1);
-    for (int n = 1; n <= max_depth; ++n) {
-      const size_t i = static_cast<size_t>(n) - 1;
-      reach *= i < confidence.size() ? calibration_.acceptance(n - 1, confidence[i]) : average[i];
-      expected += reach * bias_;
-      const double cost = verify_.hopeful(i + 1);
-      if (expected - price * cost > best_tokens - price * best_seconds) {
-        best_tokens = expected;
-        best_seconds = cost;
+  long newer = replay_.front().round;
+  for (const auto& [round, log_odds] : replay_) {
+    if (newer - round > 1) weight *= std::exp(-static_cast<double>(newer - round - 1) / kReplayRounds);
+    newer = round;
+    double reach = 1.0, expected = 1.0, best_tokens = 1.0, best_seconds = plain;
+    for (size_t i = 0; i < depths; ++i) {
+      if (reach > kNegligible) {
+        reach *= i < log_odds.size() ? calibration_.acceptance(static_cast<int>(i), log_odds[i]) : average[i];
+        reaches[i] = reach;
+        expected += reach;
+        if (expected - price * cost[i] > best_tokens - price * best_seconds) {
+          best_tokens = expected;
+          best_seconds = cost[i];
+        }
       }
-      tokens[static_cast<size_t>(n)] += weight * best_tokens;
-      seconds[static_cast<size_t>(n)] += weight * best_seconds;
+      tokens[i + 1] += weight * best_tokens;
+      seconds[i + 1] += weight * best_seconds;
     }
+    reaches += depths;
+    weight_.push_back(weight);
     weights += weight;
     weight *= kReplayFade;
   }
@@ -287,7 +272,51 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth, size_t rounds) const 
     const double rate = tokens[i] / (seconds[i] + weights * draft_cost(n));
     if (rate > drafted.rate) drafted = {n, rate};
   }
+  measure(drafted, max_depth);
   return drafted;
+}
+
+// What rounds of drafted.n drafts bring, without the benefit of the doubt that widths hardly measured get, and how sure
+// that is: what calibration does not know, and that the replayed rounds are a sample.
+void DepthPolicy::measure(Choice& drafted, int max_depth) const {
+  const double price = std::max(rate_, 1.0 / verify_cost(1)), draft = draft_cost(drafted.n);
+  std::vector<double> gradient(calibration_.n_parameters(), 0.0), cost(static_cast<size_t>(drafted.n));
+  for (size_t i = 0; i < cost.size(); ++i) cost[i] = verify_.hopeful(i + 1);
+  std::vector<double> times(cost.size() + 1, 0.0);  // weight with which each depth is verified
+  double weights = 0.0, squares = 0.0, tokens = 0.0, seconds = 0.0, tt = 0.0, ts = 0.0, ss = 0.0;
+  const double* reaches = reach_.data();
+  for (size_t r = 0; r < replay_.size(); ++r) {
+    const std::vector<double>& log_odds = replay_[r].log_odds;
+    const double weight = weight_[r];
+    double expected = 1.0, best = 1.0 - price * verify_cost(1), t = 1.0;
+    size_t depth = 0;
+    for (size_t i = 0; i < cost.size() && reaches[i] > 0.0; ++i) {
+      expected += reaches[i];
+      const double value = expected - price * cost[i];
+      if (value > best) best = value, depth = i + 1, t = expected;
+    }
+    // d(sum of reaches) / d log-odds of slot i = (1 - p_i) times the reaches from i on.
+    double beyond = 0.0;
+    for (size_t i = depth; i-- > 0;) {
+      beyond += reaches[i];
+      if (i >= log_odds.size()) continue;
+      const double p = i > 0 ? reaches[i] / reaches[i - 1] : reaches[i];
+      calibration_.add_gradient(static_cast<int>(i), log_odds[i], weight * beyond * (1.0 - p), gradient);
+    }
+    const double s = verify_cost(static_cast<int>(depth) + 1) + draft;
+    times[depth] += weight;
+    weights += weight, squares += weight * weight, tokens += weight * t, seconds += weight * s;
+    tt += weight * t * t, ts += weight * t * s, ss += weight * s * s;
+    reaches += max_depth;
+  }
+  drafted.tokens = tokens / weights;
+  drafted.seconds = seconds / weights;
+  drafted.rate = tokens / seconds;
+  const double q = drafted.rate, scatter = std::max(0.0, tt - 2.0 * q * ts + q * q * ss);  // sum of (t - q s)^2
+  const double variance = (scatter + kScatterWeight * kScatter * kScatter) / (weights + kScatterWeight);
+  const double calibrating = std::max(0.0, calibration_.variance(gradient)), sampling = variance * squares;
+  drafted.sigma = std::sqrt(calibrating + sampling) / weights;
+  drafted.depth = static_cast<int>(std::max_element(times.begin(), times.end()) - times.begin());
 }
 
 DepthPolicy::Choice DepthPolicy::best_lookup(int match, int tokens) const {
@@ -307,64 +336,71 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   max_depth = std::min(max_depth, max_depth_);
   if (max_depth < 1 || verify_.count(0) < kWarmUp) return {};
   const double plain = 1.0 / verify_cost(1);
-  Choice draft;
-  if (has_drafter && !replay_.empty()) draft = best_draft(max_depth, replay_.size());
+  const bool known = has_drafter && !replay_.empty();
+  if (known) estimate(max_depth);
+  Choice draft = known ? estimate_ : Choice{};
   Choice lookup;
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
   rate_ = std::max({plain, draft.rate, lookup.rate});
-
-  const bool copy = lookup.n > 0 && lookup.rate > kMargin * plain && lookup.rate >= draft.rate;
+  const bool copy = lookup.n > 0 && lookup.rate > kCopyMargin * plain && lookup.rate >= draft.rate;
   // A copy that has stood well so far is tried now and then against what the costs say, which may be old.
   if (lookup_match > 0 && !copy && lookup_acceptance_[static_cast<size_t>(lookup_bucket(lookup_match))] > kGoodCopy &&
       ++copies_left_ >= kCopyLook) {
     copies_left_ = 0;
     return {DraftSource::lookup, std::min({max_depth, lookup_tokens, kCopyTry})};
   }
-  const bool unknown = has_drafter && replay_.empty();
-  const bool probe_due = has_drafter && parked_ && wait_ <= 1;  // runs of lookup must not keep a probe away
-  if (copy && !unknown && !probe_due) {
-    if (parked_) --wait_;
+  const bool look_due = has_drafter && (!known || (parked_ && debt_ <= 0.0));
+  if (copy && !look_due) {  // runs of lookup must not keep a look away
     copies_left_ = 0;
     return {DraftSource::lookup, lookup.n};
   }
   if (!has_drafter) return {};
-  if (replay_.empty()) return {DraftSource::dflash, std::min(kFirstDepth, max_depth)};
-  if (draft.rate > kMargin * plain) {
+  if (!known) return {DraftSource::dflash, std::min(kFirstDepth, max_depth)};
+  const double gain = draft.rate / plain - 1.0;
+  if (gain > std::clamp(kSure * error_, kLeastMargin, kMostMargin)) {
+    if (parked_) trusted_ = kFirstYardstick;
     parked_ = false;
-    ++active_rounds_;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
     if (verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
     if (yardstick_left_ > 0) return {};
-    if (since_plain_ > std::clamp(rounds, static_cast<double>(kShortWait), kLongestYardstick)) {
+    if (since_plain_ > std::clamp(rounds, kFirstYardstick, trusted_)) {
       yardstick_left_ = kYardstickRounds;
+      trusted_ = std::min(2.0 * trusted_, kLongestYardstick);
       return {};
     }
     const int further = drafted_rounds_ % kExplore == 0 ? 1 : 0;  // a slot more than pays: verify_depth() may try it
     return {DraftSource::dflash, std::min(draft.n + further, max_depth)};
   }
-  if (!parked_) {
-    parked_ = true;
-    const bool excursion = active_rounds_ < kShortWait;  // a short one: the waits go on growing
-    interval_ = excursion ? std::max(interval_, first_wait()) : first_wait();
-    active_rounds_ = 0;
-    wait_ = interval_;
-  }
-  if (--wait_ > 0) return {};
-  // A probe; observe() sets the next wait. Slots are cheap beside the drafter run itself: look at a few, while there is
-  // something to learn.
-  const int slots = far_ && interval_ == longest_wait() ? kFarSlots : kFirstDepth;
-  return {DraftSource::dflash, std::min(std::max(draft.n, slots), max_depth)};
+  parked_ = true;
+  if (debt_ > 0.0) return {};
+  // Slots are cheap beside the drafter run itself: look at a few, while there is something to learn.
+  return {DraftSource::dflash, std::min(std::max(draft.n, far_ ? kFarSlots : kFirstDepth), max_depth)};
+}
+
+// What drafting promises; the share of time that looks at it may cost follows what it could still gain.
+void DepthPolicy::estimate(int max_depth) {
+  ++estimate_age_;
+  const bool surprise = calibration_.take_surprise(), recent = estimate_age_ < (parked_ ? kAskParked : kAskDrafting);
+  if (recent && !surprise && max_depth == estimated_depth_) return;
+  estimate_age_ = 0;
+  estimated_depth_ = max_depth;
+  estimate_ = best_draft(max_depth);
+  error_ = relative_error(estimate_);
+  const double gain = estimate_.rate * verify_cost(1) - 1.0;
+  const double upside = mean_of_positive_part(gain, error_);
+  look_share_ = drafted_rounds_ < kFirstLooks ? kMostShare : std::clamp(kUpsideShare * upside, kLeastShare, kMostShare);
+  far_ = gain < kFar - 1.0 && look_share_ == kLeastShare;
 }
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1));
-  // A probe verifies where that pays, and now and then to know what it costs: an early outlier must not park for good.
+  // A look verifies where that pays, and now and then to know what it costs: an early outlier must not park for good.
   int depth = parked_ && (verify_.count(1) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
   double reach = 1.0, expected = 1.0, best = 1.0 - price * verify_cost(1);
   for (int n = 1; n <= static_cast<int>(confidence.size()) && n <= max_depth_; ++n) {
-    reach *= calibration_.acceptance(n - 1, confidence[static_cast<size_t>(n) - 1]);
-    expected += reach * bias_;
+    reach *= calibration_.acceptance(n - 1, Calibration::log_odds(confidence[static_cast<size_t>(n) - 1]));
+    expected += reach;
     const double value = expected - price * verify_.hopeful(static_cast<size_t>(n));
     if (value > best) {
       best = value;
@@ -380,13 +416,30 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   return depth;
 }
 
+// What a look is expected to have cost beyond its tokens. Luck does not count, or a lucky stretch would pay for looks
+// that lose; nor do good estimates: a part of the doubt is paid for as well.
+void DepthPolicy::charge(const RoundOutcome& o) {
+  double tokens = 1.0, reach = 1.0;
+  for (int i = 0; i < o.verified; ++i) {
+    reach *= calibration_.acceptance(i, replay_.front().log_odds[static_cast<size_t>(i)]);
+    tokens += reach;
+  }
+  const double draft = draft_cost(o.drafted) / verify_cost(1);
+  const double rounds = draft + verify_cost(o.verified + 1) / verify_cost(1);
+  const double doubt = kDoubt * std::min(error_, kMostDoubt) * rounds;
+  debt_ += std::min(std::max(rounds - tokens, 0.0) + doubt, std::max(kMostCharge, draft));
+}
+
 void DepthPolicy::observe(const RoundOutcome& o) {
   const bool plain = o.verified == 0 && o.drafted == 0;
+  ++round_;
   ++unmeasured_;
   if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || verify_.count(0) < kWarmUp) {
     verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
     if (plain) unmeasured_ = 0;
   }
+  if (parked_) debt_ -= look_share_;
+  calibration_.drift();
   plain_streak_ = plain ? plain_streak_ + 1 : 0;
   if (plain && yardstick_left_ > 0) --yardstick_left_;
   since_plain_ = plain ? 0 : since_plain_ + 1;
@@ -401,51 +454,32 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   if (o.drafted == 0) return;
   ++drafted_rounds_;
   draft_.observe(static_cast<size_t>(o.drafted) - 1, o.draft_seconds);
-  double expected = 0.0, reach = 1.0;
-  for (int i = 0; i < o.verified; ++i) {
-    reach *= calibration_.acceptance(i, o.confidence[static_cast<size_t>(i)]);
-    expected += reach;
-  }
-  if (o.verified > 0 && !o.cut) {
-    // Both sides carry a constant so that one round cannot move the ratio far.
-    constexpr double kSteady = 150.0;
-    bias_ = std::clamp((kSteady * bias_ + o.accepted) / (kSteady + expected), 0.5, 1.5);
-  }
+  remember(o.confidence);
   for (int i = 0; i < o.verified && i <= o.accepted; ++i) {
     if (i == o.accepted && o.cut) break;
-    calibration_.observe(i, o.confidence[static_cast<size_t>(i)], i < o.accepted);
+    calibration_.observe(i, replay_.front().log_odds[static_cast<size_t>(i)], i < o.accepted);
   }
-  replay_.push_front(o.confidence);
-  if (replay_.size() > kReplay) replay_.pop_back();
-  probe_stood_ = -1;
   if (parked_) {
-    probe_stood_ = o.accepted == o.verified ? o.accepted : -1;
-    // A probe that looks as if drafting would pay, or did, is followed by another one at once.
-    const double promise = best_draft(o.drafted, 1).rate * verify_cost(1);  // against plain decoding
-    far_ = best_draft(o.drafted, replay_.size()).rate * verify_cost(1) < kFar && promise < kFar;
-    if (promise > 1.0 || pays(o.accepted)) {
-      wait_ = 1;
-    } else {
-      interval_ = std::min(std::max(2 * interval_, first_wait()), longest_wait());
-      wait_ = interval_;
-    }
-    if (wait_ > 1 && replay_.size() > kStale) replay_.resize(kStale);  // the others will be old by then
+    charge(o);
+    estimate_age_ = kAskParked;  // news of drafts
+  } else {
+    debt_ = 0.0;
   }
 }
 
-bool DepthPolicy::asleep() const { return parked_ && far_ && wait_ > kAwake; }
-
-// Whether a round with that many accepted drafts would have been worth its time.
-bool DepthPolicy::pays(int accepted) const {
-  if (accepted < 1) return false;
-  return (accepted + 1) * verify_cost(1) > draft_cost(accepted) + verify_cost(accepted + 1);
+void DepthPolicy::remember(const std::vector<float>& confidence) {
+  Drafted drafted{round_, {}};
+  for (const float c : confidence) drafted.log_odds.push_back(Calibration::log_odds(c));
+  replay_.push_front(std::move(drafted));
+  if (replay_.size() > kReplay) replay_.pop_back();
 }
+
+// Until 32 rounds before the next look the drafter need not be told of the text.
+bool DepthPolicy::asleep() const { return parked_ && far_ && debt_ > kAwake * look_share_; }
 
 void DepthPolicy::observe_unverified(int slot, float confidence, bool stood) {
-  calibration_.observe(slot, confidence, stood);
-  if (probe_stood_ < 0) return;
-  probe_stood_ = stood ? probe_stood_ + 1 : -1;
-  if (parked_ && pays(probe_stood_)) wait_ = 1;
+  calibration_.observe(slot, Calibration::log_odds(confidence), stood);
+  if (parked_) estimate_age_ = kAskParked;
 }
 
 }  // namespace dflash

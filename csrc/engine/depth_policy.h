@@ -3,16 +3,21 @@
 // observations in, depth out, no clock inside, so that it can be replayed and simulated. (The question is ollama's
 // speculate_depth.go and Cascade's, arXiv 2506.20675; the answer here works from the drafter's own confidences.)
 //
-// Expected acceptance: the drafter's top-1 probability of each slot, calibrated online against what was accepted.
-// Cost: measured seconds per verify width and per draft count. With both, the last drafted rounds are replayed under
-// today's costs for every draft count n, and the best n (0: plain decoding) is drafted next. Once the confidences of
-// this round are known, verify_depth() cuts again.
+// Expected acceptance: the drafter's top-1 probability of each slot, calibrated online (calibration.h). Cost: measured
+// seconds per verify width and per draft count. With both, the last drafted rounds are replayed under today's costs for
+// every draft count n: what a drafted round brings (tokens a second) and how sure that is. Drafting goes on while it
+// promises more than plain decoding by a small margin. Otherwise the policy is parked: it decodes plainly and looks at
+// a draft now and then. What looks may cost is a share of what drafting could still gain, the mean of the positive part
+// of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters are
+// seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it again.
 
 #include <array>
 #include <cstddef>
 #include <deque>
 #include <utility>
 #include <vector>
+
+#include "engine/calibration.h"
 
 namespace dflash {
 
@@ -52,6 +57,7 @@ class CostTable {
   // The same, but an index hardly measured is given the benefit of the doubt, so that it is tried where it may pay.
   double hopeful(size_t index) const;
   size_t count(size_t index) const { return recent_[index].size(); }
+  double error(size_t index) const;  // standard error of at(), relative
   bool any() const { return !cost_.empty(); }
   // Whether the others moved together, so that the yardstick should be measured again; asking clears it.
   bool take_yardstick_due() {
@@ -70,6 +76,7 @@ class CostTable {
   const bool has_yardstick_;
   bool yardstick_due_ = false;     // should be measured again
   bool yardstick_afresh_ = false;  // the next measurement of it replaces those before
+  double spread_ = 0.05;           // of single measurements, relative
   std::vector<double> prior_;
   std::vector<std::deque<double>> recent_;
   std::vector<double> own_;  // from recent_ alone
@@ -78,26 +85,6 @@ class CostTable {
   std::vector<double> unconfirmed_;  // factor by which an index was moved with the others and not measured since
   using Surprise = std::pair<size_t, double>;
   std::deque<Surprise> surprises_;  // index, found over expected: the last few measurements
-};
-
-// P(slot's draft stands | those before it stood, the drafter gave it probability c).
-class Calibration {
- public:
-  static constexpr int kBins = 10;
-  explicit Calibration(int max_depth);
-  double acceptance(int slot, float confidence) const;
-  std::vector<double> averages(int slots) const;  // of slots 1 .. slots, whatever the confidence
-  void observe(int slot, float confidence, bool stood);
-
- private:
-  struct Count {
-    double stood = 0.0, total = 0.0;
-    void add(bool yes, double memory);
-  };
-  static int bin(float confidence);
-  std::array<Count, kBins> all_{};
-  std::vector<std::array<Count, kBins>> by_slot_;
-  std::vector<Count> slot_;
 };
 
 class DepthPolicy {
@@ -121,8 +108,8 @@ class DepthPolicy {
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
   double best_rate() const { return rate_; }                                                  // tokens a second
   bool parked() const { return parked_; }
-  // Parked, drafting far from paying, and the next probe some way off: until then the drafter need not be told of the
-  // text. Before a probe it hears of the last tokens, and of all from a probe on that shows more.
+  // Parked, drafting far from paying, and the next look some way off: until then the drafter need not be told of the
+  // text. Before a look it hears of the last tokens, and of all from a look on that shows more.
   bool asleep() const;
 
  private:
@@ -131,37 +118,51 @@ class DepthPolicy {
   static constexpr int kLookupBuckets = 5;
   struct Choice {
     int n = 0;
-    double rate = 0.0;
+    double rate = 0.0;     // tokens a second
+    double tokens = 0.0;   // of a round
+    double seconds = 0.0;  // of a round
+    double sigma = 0.0;    // standard error of the tokens
+    int depth = 0;         // verified in most rounds
+  };
+  struct Drafted {
+    long round;                    // when
+    std::vector<double> log_odds;  // [drafted] of the confidences
   };
 
-  Choice best_draft(int max_depth, size_t rounds) const;
+  Choice best_draft(int max_depth);
+  void measure(Choice& drafted, int max_depth) const;
   Choice best_lookup(int match, int tokens) const;
   static int lookup_bucket(int match);
-  double probe_loss() const;  // plain rounds that a probe costs
-  int longest_wait() const;
-  int first_wait() const;
-  bool pays(int accepted) const;
+  double relative_error(const Choice& draft) const;
+  void estimate(int max_depth);
+  void remember(const std::vector<float>& confidence);
+  void charge(const RoundOutcome& o);
 
   int max_depth_;
   CostTable verify_;  // index: width - 1
   CostTable draft_;   // index: slots - 1
   Calibration calibration_;
-  std::deque<std::vector<float>> replay_;  // confidences of the last drafted rounds, newest first
+  std::deque<Drafted> replay_;  // the last drafted rounds, newest first
+  std::vector<double> weight_;  // [replay_] scratch of best_draft() and measure(), as is
+  std::vector<double> reach_;   // [replay_, max_depth] the chance that a slot and all before it stand
   std::array<double, kLookupBuckets> lookup_acceptance_;
-  double bias_ = 1.0;       // accepted over expected drafts, slowly: keeps a wrong calibration from lasting
+  Choice estimate_;          // of drafting
+  double error_ = 0.0;       // standard error of its speed against plain decoding
+  int estimate_age_ = 0;     // plans since
+  int estimated_depth_ = 0;  // for at most so many drafts
+  double look_share_ = 0.0;  // of the time, that looks may cost by that estimate
+  double debt_ = 0.0;        // plain rounds that looks have cost beyond that
+  double trusted_;           // rounds on which drafting is believed without a look at plain decoding
+  long round_ = 0;
   int plain_streak_ = 0;    // plain rounds in a row
   int unmeasured_ = 0;      // rounds since a plain one was measured
   int yardstick_left_ = 0;  // plain rounds still owed to the yardstick
   double rate_ = 0.0;       // tokens a second of the best choice, the price of time in verify_depth()
   int drafted_rounds_ = 0;
-  int copies_left_ = 0;    // lookup candidates not taken, in a row
-  int since_plain_ = 0;    // rounds since a target pass of one row
-  bool parked_ = false;    // plain decoding, with probes
-  bool far_ = false;       // by the last probe, drafting is far from paying
-  int active_rounds_ = 0;  // drafting rounds since it was last parked
-  int wait_ = 0;           // rounds until the next probe
-  int interval_ = 0;       // doubles while probes show no gain
-  int probe_stood_ = -1;   // of the last probe's slots; -1: no probe is being followed
+  int copies_left_ = 0;  // lookup candidates not taken, in a row
+  int since_plain_ = 0;  // rounds since a target pass of one row
+  bool parked_ = false;  // plain decoding, with looks
+  bool far_ = false;     // by the last estimate, drafting is far from paying
 };
 
 }  // namespace dflash
