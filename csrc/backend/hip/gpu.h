@@ -319,52 +319,99 @@ __device__ inline T shuffle(T v, int from) {
 #endif
 }
 
-__device__ inline float wave_sum(float v) {
-  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
+// The same with a distance known to the compiler. AMD: within the vector unit (DPP) instead of through shared memory,
+// often as an operand of the instruction that uses it.
+template <int Mask, typename T>
+__device__ inline T shuffle_xor(T v) {
+#if defined(DFLASH_GPU_HIP)
+  static_assert(Mask == 16 || (Mask > 0 && Mask < 16), "a distance within 16 lanes, or 16");
+  static_assert(sizeof(T) % sizeof(int) == 0, "whole registers");
+  struct Words {
+    int w[sizeof(T) / sizeof(int)];
+  };
+  Words words = __builtin_bit_cast(Words, v);
+  for (int& w : words.w) {
+    if constexpr (Mask == 16) {
+      w = __builtin_amdgcn_permlanex16(w, w, 0x76543210, 0xfedcba98, false, true);
+    } else {
+      w = __builtin_amdgcn_update_dpp(0, w, 0x160 | Mask, 0xf, 0xf, true);  // row_xmask
+    }
+  }
+  return __builtin_bit_cast(T, words);
+#else
+  return shuffle_xor(v, Mask);
+#endif
+}
+
+// f over the values of the lanes whose numbers differ in Mask and the bits below it, the greatest distance first.
+template <int Mask = kWave / 2, typename T, typename F>
+__device__ inline T reduce(T v, F f) {
+  v = f(v, shuffle_xor<Mask>(v));
+  if constexpr (Mask > 1) v = reduce<Mask / 2>(v, f);
   return v;
 }
 
+__device__ inline float wave_sum(float v) {
+  return reduce(v, [](float a, float b) { return a + b; });
+}
+
 // The same of N values, a power of two, in fewer shuffles: lanes i * 32 / N and those after it end with v[i]'s sum.
-template <int N>
+template <int N, int Mask = kWave / 2>
 __device__ inline float wave_sums(float (&v)[N]) {
   static_assert((N & (N - 1)) == 0 && N <= kWave, "a power of two");
-  int left = N;  // values a lane still has
+  constexpr int kHad = N * Mask * 2 / kWave, kLeft = kHad / 2;  // values a lane has before and after this step
+  if constexpr (kHad <= 1) {
+    v[0] += shuffle_xor<Mask>(v[0]);
+  } else {
+    const bool upper = (lane() & Mask) != 0;
 #pragma unroll
-  for (int m = kWave / 2; m > 0; m >>= 1) {
-    if (left == 1) {
-      v[0] += shuffle_xor(v[0], m);
-      continue;
-    }
-    left /= 2;
-    const bool upper = (lane() & m) != 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      if (i >= left) break;
-      const float mine = upper ? v[i + left] : v[i], other = upper ? v[i] : v[i + left];
-      v[i] = mine + shuffle_xor(other, m);
+    for (int i = 0; i < kLeft; ++i) {
+      const float mine = upper ? v[i + kLeft] : v[i], other = upper ? v[i] : v[i + kLeft];
+      v[i] = mine + shuffle_xor<Mask>(other);
     }
   }
+  if constexpr (Mask > 1) return wave_sums<N, Mask / 2>(v);
   return v[0];
 }
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
 __device__ inline int wave_sum(int v) {
 #if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
-  return v;
+  return reduce(v, [](int a, int b) { return a + b; });
 #else
   return __reduce_add_sync(0xffffffffu, v);
 #endif
 }
 
-__device__ inline float wave_max(float v) {
+// The largest and the smallest v of a wave.
+__device__ inline int wave_max(int v) {
 #if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
-  return v;
-#else  // integers in the order of the floats: one instruction
-  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
-  return __int_as_float(turn(__reduce_max_sync(0xffffffffu, turn(__float_as_int(v)))));
+  return reduce(v, [](int a, int b) { return max(a, b); });
+#else
+  return __reduce_max_sync(0xffffffffu, v);
 #endif
+}
+
+__device__ inline uint32_t wave_most(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  return reduce(v, [](uint32_t a, uint32_t b) { return max(a, b); });
+#else
+  return __reduce_max_sync(0xffffffffu, v);
+#endif
+}
+
+__device__ inline uint32_t wave_least(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  return reduce(v, [](uint32_t a, uint32_t b) { return min(a, b); });
+#else
+  return __reduce_min_sync(0xffffffffu, v);
+#endif
+}
+
+// As integers in the order of the floats: nothing has to be said about NaN, and a step is one instruction.
+__device__ inline float wave_max(float v) {
+  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
+  return __int_as_float(turn(wave_max(turn(__float_as_int(v)))));
 }
 
 // The sum of v over the lanes before this one.
@@ -568,25 +615,6 @@ __device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs
 }
 
 #endif
-
-// The largest and the smallest v of a wave.
-__device__ inline uint32_t wave_most(uint32_t v) {
-#if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = max(v, shuffle_xor(v, m));
-  return v;
-#else
-  return __reduce_max_sync(0xffffffffu, v);
-#endif
-}
-
-__device__ inline uint32_t wave_least(uint32_t v) {
-#if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = min(v, shuffle_xor(v, m));
-  return v;
-#else
-  return __reduce_min_sync(0xffffffffu, v);
-#endif
-}
 
 // Bit l: lane l's v.
 __device__ inline uint32_t ballot(bool v) {

@@ -234,6 +234,11 @@ std::common_type_t<T, U> max(T a, U b) {
 #define __builtin_amdgcn_wave_barrier() ::emulator::wave_barrier()
 #define __builtin_amdgcn_sched_barrier(mask) ((void)0)
 #define __builtin_amdgcn_readfirstlane(v) (v)  // asked of values that are the same in all lanes
+// Of the lane moves, those between lanes whose numbers differ in fixed bits: row_xmask, and halves of 16 exchanged.
+#define __builtin_amdgcn_update_dpp(old, v, control, rows, banks, bound) \
+  ::emulator::shuffle(v, ::emulator::lane() ^ ((control) & 15))
+#define __builtin_amdgcn_permlanex16(old, v, low, high, inactive, bound) \
+  ::emulator::shuffle(v, ::emulator::lane() ^ 16)
 #define __builtin_amdgcn_sudot4(as, a, bs, b, c, clamp) ::emulator::dot4(as, a, bs, b, c)
 #define __builtin_amdgcn_perm(a, b, pick) ::emulator::permute(a, b, pick)
 #define __builtin_amdgcn_exp2f(v) ::exp2f(v)
