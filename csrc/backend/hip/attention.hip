@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
       }
 #pragma unroll
       for (int v = 0; v < kTogether; ++v) {
-        const float s = gpu::shuffle(scale[n], wave0 + v);
+        const float s = gpu::broadcast(scale[n], wave0 + v);
         r[n] = fmaf(s, o_lds[v][local][dim], r[n]);
         total[n] = fmaf(s, ml_lds[wave0 + v][local].y, total[n]);
       }

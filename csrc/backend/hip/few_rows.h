@@ -286,8 +286,8 @@ __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales,
 #pragma unroll
       for (int i = 0; i < gpu::kMmaRows; ++i) {
         const uint16_t* at = s + (h * 16 + gpu::mma_row(i)) * F::kHalves;
-        d[h][i] = gpu::half_to_float(at[0]);
-        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(at[1]);
+        d[h][i] = gpu::half_to_float(gpu::load(at));
+        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(gpu::load(at + 1));
       }
     }
 #pragma unroll

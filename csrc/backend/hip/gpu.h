@@ -319,8 +319,19 @@ __device__ inline T shuffle(T v, int from) {
 #endif
 }
 
-// The same with a distance known to the compiler. AMD: within the vector unit (DPP) instead of through shared memory,
-// often as an operand of the instruction that uses it.
+// v of lane `from`, the same for all lanes.
+template <typename T>
+__device__ inline T broadcast(T v, int from) {
+#if defined(DFLASH_GPU_HIP)
+  static_assert(sizeof(T) == sizeof(int), "a register");
+  return __builtin_bit_cast(T, __builtin_amdgcn_readlane(__builtin_bit_cast(int, v), from));
+#else
+  return shuffle(v, from);
+#endif
+}
+
+// shuffle_xor with a distance known to the compiler. AMD: within the vector unit (DPP) instead of through shared
+// memory, often as an operand of the instruction that uses it.
 template <int Mask, typename T>
 __device__ inline T shuffle_xor(T v) {
 #if defined(DFLASH_GPU_HIP)
@@ -431,11 +442,37 @@ __device__ inline int wave_sum_before(int v) {
 // ---- device: bytes and numbers
 // -----------------------------------------------------------------------------------------
 
+#if defined(__HIP__)
+#define DFLASH_DEVICE_MEMORY __attribute__((address_space(1)))
+#else
+#define DFLASH_DEVICE_MEMORY  // NVIDIA and tests/gpu/emulator
+#endif
+
+// What lies at p. AMD: in device memory, which the compiler cannot see of a pointer chosen at run time (one of several
+// matrices): it would have every access ask whether the address is shared memory's, and wait for both kinds.
+template <typename T>
+__device__ inline T load(const T* p) {
+#if defined(DFLASH_GPU_HIP)
+  constexpr size_t kPiece = sizeof(T) < 16 ? sizeof(T) : 16, kWord = sizeof(T) < 4 ? sizeof(T) : 4;
+  using Word = std::conditional_t<kWord == 4, uint32_t, std::conditional_t<kWord == 2, uint16_t, uint8_t>>;
+  typedef Word Piece __attribute__((ext_vector_type(kPiece / kWord)));
+  static_assert(sizeof(T) % kPiece == 0 && alignof(T) == kPiece, "whole, aligned pieces");
+  struct {
+    Piece piece[sizeof(T) / kPiece];
+  } v;
+  const auto* from = (const DFLASH_DEVICE_MEMORY Piece*)p;
+  for (size_t i = 0; i < sizeof(T) / kPiece; ++i) v.piece[i] = from[i];
+  return __builtin_bit_cast(T, v);
+#else
+  return *p;
+#endif
+}
+
 // Reads data that this kernel uses once: past the small caches on AMD, from where copies brought it on NVIDIA.
 __device__ inline uint4 load_once(const uint8_t* p) {
 #if defined(DFLASH_GPU_HIP)
   typedef unsigned int u32x4 __attribute__((ext_vector_type(4)));
-  const u32x4 v = __builtin_nontemporal_load(reinterpret_cast<const u32x4*>(p));
+  const u32x4 v = __builtin_nontemporal_load((const DFLASH_DEVICE_MEMORY u32x4*)p);
   return make_uint4(v.x, v.y, v.z, v.w);
 #else
   return *reinterpret_cast<const uint4*>(p);
@@ -533,9 +570,9 @@ using MmaActs = MmaOperand;
 
 __device__ inline mma_bytes mma_chunk(const uint8_t* row) {
 #if defined(__gfx1200__) || defined(__gfx1201__)
-  return *reinterpret_cast<const mma_bytes*>(row + (lane() >> 4) * 8);
+  return load(reinterpret_cast<const mma_bytes*>(row + (lane() >> 4) * 8));
 #else
-  return *reinterpret_cast<const mma_bytes*>(row);
+  return load(reinterpret_cast<const mma_bytes*>(row));
 #endif
 }
 

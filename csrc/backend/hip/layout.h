@@ -100,7 +100,7 @@ struct FormatQ4_0 {
     float d;
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), s[row]};
+    return {gpu::load_once(q + row * 16), gpu::load(s + row)};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;
@@ -128,7 +128,7 @@ struct FormatQ4_1 {
     uint32_t dm;
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), reinterpret_cast<const uint32_t*>(s)[row]};
+    return {gpu::load_once(q + row * 16), gpu::load(reinterpret_cast<const uint32_t*>(s) + row)};
   }
   static __device__ inline Block unpack(const Raw& r) {
     return {r.q, gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
@@ -159,7 +159,7 @@ struct FormatQ8_0 {
     uint16_t d;
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), gpu::load_once(q + kTile * 16 + row * 16), s[row]};
+    return {gpu::load_once(q + row * 16), gpu::load_once(q + kTile * 16 + row * 16), gpu::load(s + row)};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;

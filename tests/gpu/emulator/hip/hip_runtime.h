@@ -239,6 +239,7 @@ std::common_type_t<T, U> max(T a, U b) {
   ::emulator::shuffle(v, ::emulator::lane() ^ ((control) & 15))
 #define __builtin_amdgcn_permlanex16(old, v, low, high, inactive, bound) \
   ::emulator::shuffle(v, ::emulator::lane() ^ 16)
+#define __builtin_amdgcn_readlane(v, from) ::emulator::shuffle(v, from)
 #define __builtin_amdgcn_sudot4(as, a, bs, b, c, clamp) ::emulator::dot4(as, a, bs, b, c)
 #define __builtin_amdgcn_perm(a, b, pick) ::emulator::permute(a, b, pick)
 #define __builtin_amdgcn_exp2f(v) ::exp2f(v)
