@@ -19,12 +19,45 @@ inline constexpr int kChunk = F::kQuantBytes == kTile * 16 ? 6 : 3;
 template <int Rows>
 using Partial = float[kSegments][Rows][kTile];
 
+// What lies so many bytes behind p, which all lanes share: a lane's part of an address is 32 bits.
+template <typename T>
+__device__ inline const T* behind(const T* p, uint32_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + bytes);
+}
+
 // Rows of int8 groups as a wave reads them: group g of row r is q + r * q_stride + g * 32, scale + r * s_stride + g.
 struct ActRows {
   const int8_t* q;
   const GroupScale* scale;
   int q_stride, s_stride;
+
+  struct alignas(16) Quants {
+    int word[8];
+    __device__ inline int4 part(int i) const {
+      return make_int4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+    }
+  };
+  __device__ inline Quants quants(int row, int g) const {
+    return *reinterpret_cast<const Quants*>(q + row * q_stride + g * 32);
+  }
+  __device__ inline GroupScale group_scale(int row, int g) const { return scale[row * s_stride + g]; }
 };
+
+// The same where the rows lie in device memory one after the other, and a wave's lanes all ask for the same.
+struct UniformRows : ActRows {
+  __device__ inline UniformRows(const int8_t* q, const GroupScale* scale, int q_stride, int s_stride)
+      : ActRows{q, scale, q_stride, s_stride} {}
+  __device__ inline uint32_t at(int row, int g) const { return static_cast<uint32_t>(row * s_stride + g); }
+  __device__ inline Quants quants(int row, int g) const {
+    return gpu::load_uniform(reinterpret_cast<const Quants*>(q + at(row, g) * 32));
+  }
+  __device__ inline GroupScale group_scale(int row, int g) const {
+    return gpu::load_uniform(behind(scale, at(row, g) * 8));
+  }
+};
+
+// Rows left in device memory by the kernel before: on NVIDIA most of them are copied to shared memory.
+using InputRows = std::conditional_t<gpu::kStaged, ActRows, UniformRows>;
 
 struct Span {
   int g0, g1;  // groups of a wave's segment
@@ -194,21 +227,22 @@ class WeightStream {
 };
 
 // acc[r] += the dot products of the lane's output row with rows row_of(0) .. row_of(R - 1) of x over `groups` groups.
-template <typename F, int R, typename RowOf>
-__device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
+template <typename F, int R, typename Rows, typename RowOf>
+__device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const Rows& x, int g0,
                                   RowOf row_of, float (&acc)[R]) {
+  int row[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) row[r] = gpu::uniform(row_of(r));
+  auto accumulate = [&](const typename F::Block& block, int r, int g) {
+    const ActRows::Quants q = x.quants(row[r], g);
+    const GroupScale s = x.group_scale(row[r], g);
+    acc[r] = F::accumulate(block, q.part(0), q.part(1), s, acc[r]);
+  };
   if constexpr (gpu::kStaged) {  // one chunk
     auto group_of = [&](int i) {
-      const typename F::Block block =
-          F::unpack(F::load(quants + i * F::kQuantBytes, scales + i * (kTile * F::kHalves), gpu::lane()));
+      const typename F::Block block = F::unpack(F::load(quants, scales, i, gpu::lane()));
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int row = row_of(r);
-        const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + (g0 + i) * 32);
-        const int4 q0 = q[0], q1 = q[1];
-        const GroupScale s = x.scale[row * x.s_stride + g0 + i];
-        acc[r] = F::accumulate(block, q0, q1, s, acc[r]);
-      }
+      for (int r = 0; r < R; ++r) accumulate(block, r, g0 + i);
     };
     if (groups == kChunk<F>) {
 #pragma unroll
@@ -223,32 +257,33 @@ __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales,
   struct Batch {
     typename F::Raw raw[kAhead];
   };
-  const int lane = gpu::lane();
-  auto load = [&](Batch& b, int g) {
+  auto load = [&](Batch& b, int left) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int group = min(g + i, groups - 1);  // past the end: the last one again
-      b.raw[i] = F::load(quants + group * F::kQuantBytes, scales + group * (kTile * F::kHalves), lane);
+      b.raw[i] = F::load(quants, scales, min(i, left - 1), gpu::lane());  // past the end: the last one again
     }
+    quants += kAhead * F::kQuantBytes;
+    scales += kAhead * (kTile * F::kHalves);
   };
   auto use = [&](const Batch& now, int g, int i) {
     const typename F::Block block = F::unpack(now.raw[i]);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const int row = row_of(r), group = g0 + g + i;
-      const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + group * 32);
-      const int4 q0 = q[0], q1 = q[1];
-      acc[r] = F::accumulate(block, q0, q1, x.scale[row * x.s_stride + group], acc[r]);
+      accumulate(block, r, g0 + g + i);
+      if (R > 2 && r == 1) gpu::keep_order();
     }
   };
   Batch next;
-  load(next, 0);
+  load(next, groups);
   for (int g = 0; g < groups; g += kAhead) {
     const Batch now = next;
-    if (g + kAhead < groups) load(next, g + kAhead);
+    if (g + kAhead < groups) load(next, groups - g - kAhead);
     if (g + kAhead <= groups) {  // no branches between the groups
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) use(now, g, i);
+      for (int i = 0; i < kAhead; ++i) {
+        use(now, g, i);
+        if (i == kAhead / 2 - 1) gpu::keep_order();  // scalar registers for half of the activations
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < kAhead - 1; ++i) {
@@ -262,63 +297,121 @@ __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales,
 template <int Blocks>
 using MmaSums = float[2][Blocks][gpu::kMmaAcc];
 
+// A group's products with 16 weight rows, whose scales are d (and m).
+template <typename F, int... J>
+__device__ inline void mma_group(const gpu::MmaWeights& w, const float (&d)[gpu::kMmaRows],
+                                 [[maybe_unused]] const float (&m)[gpu::kMmaRows], const gpu::MmaActs& a,
+                                 const GroupScale (&asked)[gpu::kMmaAsked], float (&acc)[gpu::kMmaAcc],
+                                 std::integer_sequence<int, J...>) {
+  struct Sums {  // of a token
+    int start;
+    float sum, d;
+  } own[gpu::kMmaAsked];
+#pragma unroll
+  for (int j = 0; j < gpu::kMmaAsked; ++j) {
+    own[j] = {gpu::kMmaZero + F::start(asked[j].sum), static_cast<float>(asked[j].sum), asked[j].d};
+  }
+  const Sums x[] = {gpu::mma_of_token<J>(own)...};  // of the lane's tokens
+  int c[gpu::kMmaAcc];
+#pragma unroll
+  for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = x[i % gpu::kMmaToks].start;
+  gpu::mma(c, w, a);
+#pragma unroll
+  for (int i = 0; i < gpu::kMmaAcc; ++i) {
+    const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
+    acc[i] = fmaf(gpu::mma_value(c[i]), d[row] * x[token].d, acc[i]);
+    if (F::kHalves == 2) acc[i] = fmaf(x[token].sum, m[row] * x[token].d, acc[i]);
+  }
+}
+
 template <typename F, int Blocks, typename RowOf>
 __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
                                   RowOf row_of, int count, MmaSums<Blocks>& acc) {
-  int operand_at[Blocks], scale_at[Blocks][gpu::kMmaToks];
+  constexpr int kAsked = gpu::kMmaAsked;
+  uint32_t operand_at[Blocks], scale_at[Blocks][kAsked];
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
     // Rows past the last repeat it: their results are never stored.
     operand_at[b] = row_of(min(b * gpu::kMmaTokens + gpu::mma_act_token(), count - 1)) * x.q_stride + g0 * 32;
 #pragma unroll
-    for (int j = 0; j < gpu::kMmaToks; ++j) {
-      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_token(j), count - 1)) * x.s_stride + g0;
+    for (int j = 0; j < kAsked; ++j) {
+      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_own_token(j), count - 1)) * x.s_stride + g0;
+      scale_at[b][j] *= sizeof(GroupScale);
     }
   }
-#pragma unroll gpu::kMmaUnroll
-  for (int g = 0; g < groups; ++g) {
-    const uint8_t* q = quants + g * F::kQuantBytes;
-    const uint16_t* s = scales + g * (kTile * F::kHalves);
-    const gpu::MmaWeights w[2] = {F::mma_load(q, 0), F::mma_load(q, 1)};
-    float d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
+  struct Weights {  // of a group, as they lie
+    decltype(F::mma_load(nullptr, 0, 0)) w[2];
+    uint16_t d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
+  };
+  auto load = [&](Weights& to, int g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      to.w[h] = F::mma_load(quants, g, h);
 #pragma unroll
       for (int i = 0; i < gpu::kMmaRows; ++i) {
-        const uint16_t* at = s + (h * 16 + gpu::mma_row(i)) * F::kHalves;
-        d[h][i] = gpu::half_to_float(gpu::load(at));
-        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(gpu::load(at + 1));
+        const uint16_t* at = behind(scales, (g * kTile + h * 16 + gpu::mma_row(i)) * F::kHalves * 2);
+        to.d[h][i] = gpu::load(at);
+        if (F::kHalves == 2) to.m[h][i] = gpu::load(at + 1);
       }
     }
+  };
+  auto multiply = [&](const Weights& now, int g, auto ask_for_next) {
+    gpu::MmaActs a[Blocks];
+    GroupScale sx[Blocks][kAsked];
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      const gpu::MmaActs a = gpu::mma_load_acts(reinterpret_cast<const uint8_t*>(x.q) + operand_at[b] + g * 32, 16);
-      GroupScale sx[gpu::kMmaToks];
+      a[b] = gpu::mma_load_acts(behind(reinterpret_cast<const uint8_t*>(x.q), operand_at[b] + g * 32), 16);
 #pragma unroll
-      for (int j = 0; j < gpu::kMmaToks; ++j) sx[j] = x.scale[scale_at[b][j] + g];
+      for (int j = 0; j < kAsked; ++j) sx[b][j] = *behind(x.scale, scale_at[b][j] + g * sizeof(GroupScale));
+    }
+    ask_for_next();
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        int c[gpu::kMmaAcc];
+        float d[gpu::kMmaRows], m[gpu::kMmaRows];
 #pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = gpu::kMmaZero + F::start(sx[i % gpu::kMmaToks].sum);
-        gpu::mma(c, w[h], a);
-#pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) {
-          const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
-          float v = fmaf(gpu::mma_value(c[i]), d[h][row] * sx[token].d, acc[h][b][i]);
-          if (F::kHalves == 2) v = fmaf(static_cast<float>(sx[token].sum), m[h][row] * sx[token].d, v);
-          acc[h][b][i] = v;
+        for (int i = 0; i < gpu::kMmaRows; ++i) {
+          d[i] = gpu::half_to_float(now.d[h][i]);
+          if (F::kHalves == 2) m[i] = gpu::half_to_float(now.m[h][i]);
         }
+        mma_group<F>(gpu::mma_unpack(now.w[h]), d, m, a[b], sx[b], acc[h][b],
+                     std::make_integer_sequence<int, gpu::kMmaToks>());
       }
+    }
+  };
+  if constexpr (gpu::kStaged) {
+#pragma unroll gpu::kMmaUnroll
+    for (int g = 0; g < groups; ++g) {
+      Weights now;
+      load(now, g);
+      multiply(now, g, [] {});
+    }
+  } else {
+    // A group ahead. Loads return in the order they are asked for: a group's activations are asked for before the next
+    // one's weights, which may then stay on their way.
+    auto step = [&](const Weights& now, Weights& next, int g) {
+      multiply(now, g, [&] {
+        gpu::keep_order();
+        load(next, min(g + 1, groups - 1));
+        gpu::keep_order();
+      });
+    };
+    Weights even, odd;
+    load(even, 0);
+#pragma unroll 1
+    for (int g = 0; g < groups; g += 2) {
+      step(even, odd, g);
+      if (g + 1 < groups) step(odd, even, g + 1);
     }
   }
 }
 
 // The wave's segment of its stream's next tile times `count` rows into out[row][output]: rows row_of(0) .. of x (which
 // begins with the segment's first group), or rows 0 .. as they came with the weights (FromRing). The choice of code
-// depends on count alone, which is the same for all waves of a tile; MaxRows bounds it at compile time.
-template <typename F, int MaxRows, bool FromRing, typename Stream, typename RowOf>
-__device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_of, int count, float (*out)[kTile]) {
+// depends on count alone, which is the same for all waves of a tile; MinRows and MaxRows bound it at compile time.
+template <typename F, int MaxRows, bool FromRing, int MinRows = 1, typename Stream, typename Rows, typename RowOf>
+__device__ inline void tile_segment(Stream& stream, const Rows& x, RowOf row_of, int count, float (*out)[kTile]) {
   using Layout = typename Stream::Layout;
   auto rows_at = [&](const uint8_t* slot) {
     if constexpr (FromRing) {
@@ -364,15 +457,11 @@ __device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_
   if constexpr (MaxRows <= 2) {  // made for exactly so many
     dot(std::integral_constant<int, MaxRows>{});
   } else {
-    switch (count) {
-      case 1:
-        dot(std::integral_constant<int, 1>{});
-        return;
-      case 2:
-        dot(std::integral_constant<int, 2>{});
-        return;
-      default:
-        break;
+    if constexpr (MinRows <= 1) {
+      if (count == 1) return dot(std::integral_constant<int, 1>{});
+    }
+    if constexpr (MinRows <= 2) {
+      if (count == 2) return dot(std::integral_constant<int, 2>{});
     }
     if constexpr (gpu::kMmaFromRows > 3 && MaxRows <= 4) {  // beside matrix instructions scalar registers are short
       static_assert(gpu::kMmaFromRows <= 5, "dot products of at most four rows");
