@@ -31,14 +31,12 @@ struct ActRows {
   const GroupScale* scale;
   int q_stride, s_stride;
 
-  struct alignas(16) Quants {
-    int word[8];
-    __device__ inline int4 part(int i) const {
-      return make_int4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
-    }
+  struct Quants {
+    int4 lo, hi;
   };
   __device__ inline Quants quants(int row, int g) const {
-    return *reinterpret_cast<const Quants*>(q + row * q_stride + g * 32);
+    const int4* at = reinterpret_cast<const int4*>(q + row * q_stride + g * 32);
+    return {at[0], at[1]};
   }
   __device__ inline GroupScale group_scale(int row, int g) const { return scale[row * s_stride + g]; }
 };
@@ -49,7 +47,11 @@ struct UniformRows : ActRows {
       : ActRows{q, scale, q_stride, s_stride} {}
   __device__ inline uint32_t at(int row, int g) const { return static_cast<uint32_t>(row * s_stride + g); }
   __device__ inline Quants quants(int row, int g) const {
-    return gpu::load_uniform(reinterpret_cast<const Quants*>(q + at(row, g) * 32));
+    struct Words {
+      int w[8];
+    };
+    const auto [w] = gpu::load_uniform(reinterpret_cast<const Words*>(q + at(row, g) * 32));
+    return {make_int4(w[0], w[1], w[2], w[3]), make_int4(w[4], w[5], w[6], w[7])};
   }
   __device__ inline GroupScale group_scale(int row, int g) const {
     return gpu::load_uniform(behind(scale, at(row, g) * 8));
@@ -236,11 +238,12 @@ __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales,
   auto accumulate = [&](const typename F::Block& block, int r, int g) {
     const ActRows::Quants q = x.quants(row[r], g);
     const GroupScale s = x.group_scale(row[r], g);
-    acc[r] = F::accumulate(block, q.part(0), q.part(1), s, acc[r]);
+    acc[r] = F::accumulate(block, q.lo, q.hi, s, acc[r]);
   };
   if constexpr (gpu::kStaged) {  // one chunk
     auto group_of = [&](int i) {
-      const typename F::Block block = F::unpack(F::load(quants, scales, i, gpu::lane()));
+      const typename F::Block block =
+          F::unpack(F::load(quants + i * F::kQuantBytes, scales + i * (kTile * F::kHalves), 0, gpu::lane()));
 #pragma unroll
       for (int r = 0; r < R; ++r) accumulate(block, r, g0 + i);
     };
@@ -299,8 +302,8 @@ using MmaSums = float[2][Blocks][gpu::kMmaAcc];
 
 // A group's products with 16 weight rows, whose scales are d (and m).
 template <typename F, int... J>
-__device__ inline void mma_group(const gpu::MmaWeights& w, const float (&d)[gpu::kMmaRows],
-                                 [[maybe_unused]] const float (&m)[gpu::kMmaRows], const gpu::MmaActs& a,
+__device__ inline void mma_group(const gpu::MmaWeights& w, const uint16_t (&d)[gpu::kMmaRows],
+                                 [[maybe_unused]] const uint16_t (&m)[gpu::kMmaRows], const gpu::MmaActs& a,
                                  const GroupScale (&asked)[gpu::kMmaAsked], float (&acc)[gpu::kMmaAcc],
                                  std::integer_sequence<int, J...>) {
   struct Sums {  // of a token
@@ -319,8 +322,8 @@ __device__ inline void mma_group(const gpu::MmaWeights& w, const float (&d)[gpu:
 #pragma unroll
   for (int i = 0; i < gpu::kMmaAcc; ++i) {
     const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
-    acc[i] = fmaf(gpu::mma_value(c[i]), d[row] * x[token].d, acc[i]);
-    if (F::kHalves == 2) acc[i] = fmaf(x[token].sum, m[row] * x[token].d, acc[i]);
+    acc[i] = fmaf(gpu::mma_value(c[i]), gpu::half_to_float(d[row]) * x[token].d, acc[i]);
+    if (F::kHalves == 2) acc[i] = fmaf(x[token].sum, gpu::half_to_float(m[row]) * x[token].d, acc[i]);
   }
 }
 
@@ -343,39 +346,31 @@ __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales,
     decltype(F::mma_load(nullptr, 0, 0)) w[2];
     uint16_t d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
   };
-  auto load = [&](Weights& to, int g) {
+  // Group g behind q and s, and behind xq and xs.
+  auto load = [&](Weights& to, const uint8_t* q, const uint16_t* s, uint32_t g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      to.w[h] = F::mma_load(quants, g, h);
+      to.w[h] = F::mma_load(q, g, h);
 #pragma unroll
       for (int i = 0; i < gpu::kMmaRows; ++i) {
-        const uint16_t* at = behind(scales, (g * kTile + h * 16 + gpu::mma_row(i)) * F::kHalves * 2);
+        const uint16_t* at = behind(s, (g * kTile + h * 16 + gpu::mma_row(i)) * F::kHalves * 2);
         to.d[h][i] = gpu::load(at);
         if (F::kHalves == 2) to.m[h][i] = gpu::load(at + 1);
       }
     }
   };
-  auto multiply = [&](const Weights& now, int g, auto ask_for_next) {
-    gpu::MmaActs a[Blocks];
-    GroupScale sx[Blocks][kAsked];
+  auto multiply = [&](const Weights& now, const int8_t* xq, const GroupScale* xs, uint32_t g, auto ask_for_next) {
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      a[b] = gpu::mma_load_acts(behind(reinterpret_cast<const uint8_t*>(x.q), operand_at[b] + g * 32), 16);
+      const gpu::MmaActs a =
+          gpu::mma_load_acts(behind(reinterpret_cast<const uint8_t*>(xq), operand_at[b] + g * 32), 16);
+      GroupScale sx[kAsked];
 #pragma unroll
-      for (int j = 0; j < kAsked; ++j) sx[b][j] = *behind(x.scale, scale_at[b][j] + g * sizeof(GroupScale));
-    }
-    ask_for_next();
-#pragma unroll
-    for (int b = 0; b < Blocks; ++b) {
+      for (int j = 0; j < kAsked; ++j) sx[j] = *behind(xs, scale_at[b][j] + g * sizeof(GroupScale));
+      if (b == Blocks - 1) ask_for_next();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float d[gpu::kMmaRows], m[gpu::kMmaRows];
-#pragma unroll
-        for (int i = 0; i < gpu::kMmaRows; ++i) {
-          d[i] = gpu::half_to_float(now.d[h][i]);
-          if (F::kHalves == 2) m[i] = gpu::half_to_float(now.m[h][i]);
-        }
-        mma_group<F>(gpu::mma_unpack(now.w[h]), d, m, a[b], sx[b], acc[h][b],
+        mma_group<F>(gpu::mma_unpack(now.w[h]), now.d[h], now.m[h], a, sx, acc[h][b],
                      std::make_integer_sequence<int, gpu::kMmaToks>());
       }
     }
@@ -384,21 +379,21 @@ __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales,
 #pragma unroll gpu::kMmaUnroll
     for (int g = 0; g < groups; ++g) {
       Weights now;
-      load(now, g);
-      multiply(now, g, [] {});
+      load(now, quants + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), 0);
+      multiply(now, x.q + g * 32, x.scale + g, 0, [] {});
     }
   } else {
     // A group ahead. Loads return in the order they are asked for: a group's activations are asked for before the next
     // one's weights, which may then stay on their way.
     auto step = [&](const Weights& now, Weights& next, int g) {
-      multiply(now, g, [&] {
+      multiply(now, x.q, x.scale, g, [&] {
         gpu::keep_order();
-        load(next, min(g + 1, groups - 1));
+        load(next, quants, scales, min(g + 1, groups - 1));
         gpu::keep_order();
       });
     };
     Weights even, odd;
-    load(even, 0);
+    load(even, quants, scales, 0);
 #pragma unroll 1
     for (int g = 0; g < groups; g += 2) {
       step(even, odd, g);
