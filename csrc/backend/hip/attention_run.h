@@ -23,12 +23,11 @@ struct Plane {
   const Element* e;       // [keys, head_dim]
   const uint16_t* scale;  // Q8_0 [keys, head_dim / 32]
 
-  template <int HeadDim>
-  __device__ inline void set(const KvLayer& kv, const void* base, int head, int key) {
-    const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * HeadDim, at = static_cast<int64_t>(key) * HeadDim;
+  __device__ inline Plane(const KvLayer& kv, const void* base, int head, int key, int head_dim) {
+    const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * head_dim, at = static_cast<int64_t>(key) * head_dim;
     if constexpr (T == DType::Q8_0) {
       const int8_t* q = static_cast<const int8_t*>(base) + head_at / 32 * 34;
-      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * HeadDim) + at / 32;
+      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * head_dim) + at / 32;
       e = q + at;
     } else {
       e = static_cast<const Element*>(base) + head_at + at;
@@ -95,18 +94,19 @@ struct Run {
   static constexpr bool kHeld = Hold;
   Elements<T, 8> k[Hold ? kPieces : 1][LaneKeys];
   Elements<T, Dims> v[Hold ? kKeys : 1];
-  Plane<T> keys, values;  // from key0 on
-  int key0, begin, end;
+  int head, key0, begin, end;
 
   __device__ inline int dim(int piece) const { return (piece * KeyLanes + gpu::lane() % KeyLanes) * 8; }
   __device__ inline int key(int n) const { return key0 + n * kTogether + gpu::lane() / KeyLanes; }
   __device__ inline int safe(int key) const { return max(begin, min(key, end - 1)); }
-  // Where a key that is read in its place begins.
-  __device__ inline uint32_t row(int key) const { return static_cast<uint32_t>(safe(key) - key0) * (Dims * 32); }
+  template <int N>
+  __device__ inline void read(Elements<T, N>& to, const KvLayer& kv, const void* base, int key, int dim) const {
+    const Plane<T> from(kv, base, head, key0, Dims * 32);
+    to.load(from, static_cast<uint32_t>(safe(key) - key0) * (Dims * 32) + dim);
+  }
   // [begin, end): keys of the whole block.
-  __device__ inline void load(const KvLayer& from, int kv_head, int first, int block_begin, int block_end) {
-    keys.template set<Dims * 32>(from, from.k, kv_head, first);
-    values.template set<Dims * 32>(from, from.v, kv_head, first);
+  __device__ inline void load(const KvLayer& kv, int kv_head, int first, int block_begin, int block_end) {
+    head = kv_head;
     key0 = first;
     begin = block_begin;
     end = block_end;
@@ -114,34 +114,34 @@ struct Run {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
 #pragma unroll
-        for (int n = 0; n < LaneKeys; ++n) k[i][n].load(keys, row(key(n)) + dim(i));
+        for (int n = 0; n < LaneKeys; ++n) read(k[i][n], kv, kv.k, key(n), dim(i));
       }
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) v[j].load(values, row(key0 + j) + gpu::lane() * Dims);
+      for (int j = 0; j < kKeys; ++j) read(v[j], kv, kv.v, key0 + j, gpu::lane() * Dims);
     }
   }
-  __device__ inline void key_piece(int i, int n, float (&f)[8]) const {
+  __device__ inline void key_piece(const KvLayer& kv, int i, int n, float (&f)[8]) const {
     if constexpr (Hold) {
       k[i][n].get(f);
     } else {
       Elements<T, 8> e;
-      e.load(keys, row(key(n)) + dim(i));
+      read(e, kv, kv.k, key(n), dim(i));
       e.get(f);
     }
   }
-  __device__ inline void value(int j, float (&f)[Dims]) const {
+  __device__ inline void value(const KvLayer& kv, int j, float (&f)[Dims]) const {
     if constexpr (Hold) {
       v[j].get(f);
     } else {
       Elements<T, Dims> e;
-      e.load(values, row(key0 + j) + gpu::lane() * Dims);
+      read(e, kv, kv.v, key0 + j, gpu::lane() * Dims);
       e.get(f);
     }
   }
 };
 
 template <int Dims, int Queries, bool TakeIn, typename R>
-__device__ inline void take_run(const R& run, float scale, const float (&q)[Queries][Dims * 32],
+__device__ inline void take_run(const R& run, const KvLayer& kv, float scale, const float (&q)[Queries][Dims * 32],
                                 const KeyRange (&keys)[Queries], float (&e_lds)[Queries][kLaterRun],
                                 const OwnKey<Dims * 32>& own, WaveState<Dims, Queries>& w) {
   constexpr int kUnroll = R::kHeld ? R::kPieces : gpu::kAttentionUnroll;
@@ -153,7 +153,7 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
     float k[kLaneKeys][8];
 #pragma unroll
     for (int n = 0; n < kLaneKeys; ++n) {
-      run.key_piece(piece, n, k[n]);
+      run.key_piece(kv, piece, n, k[n]);
       if (TakeIn && run.key(n) == own.position) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) k[n][i] = own.k[dim + i];
@@ -212,7 +212,7 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
     float v[kBatch][Dims];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      run.value(j0 + j, v[j]);
+      run.value(kv, j0 + j, v[j]);
       if (TakeIn && run.safe(run.key0 + j0 + j) == own.position) {
 #pragma unroll
         for (int d = 0; d < Dims; ++d) v[j][d] = own.v[gpu::lane() * Dims + d];
