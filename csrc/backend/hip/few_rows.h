@@ -19,12 +19,6 @@ inline constexpr int kChunk = F::kQuantBytes == kTile * 16 ? 6 : 3;
 template <int Rows>
 using Partial = float[kSegments][Rows][kTile];
 
-// What lies so many bytes behind p, which all lanes share: a lane's part of an address is 32 bits.
-template <typename T>
-__device__ inline const T* behind(const T* p, uint32_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + bytes);
-}
-
 // Rows of int8 groups as a wave reads them: group g of row r is q + r * q_stride + g * 32, scale + r * s_stride + g.
 struct ActRows {
   const int8_t* q;
@@ -228,6 +222,27 @@ class WeightStream {
   const GroupScale* s_from_ = nullptr;
 };
 
+// AMD: batches 0 .. n - 1 of weights, each asked for before the one before it is used: use(batch, i, ask for the next),
+// at last use_last(batch, i). Two in turn, and no branch around what is asked for: a copy or a branch would have the
+// compiler wait for what is on its way.
+template <typename Batch, typename Load, typename Use, typename UseLast>
+__device__ inline void one_ahead(int n, Load load, Use use, UseLast use_last) {
+  Batch even, odd;
+  load(even, 0);
+  int i = 0;
+#pragma unroll 1
+  while (i + 1 < n) {
+    use(even, i, [&] { load(odd, i + 1); });
+    if (++i + 1 == n) {
+      even = odd;
+      break;
+    }
+    use(odd, i, [&] { load(even, i + 1); });
+    ++i;
+  }
+  use_last(even, i);
+}
+
 // acc[r] += the dot products of the lane's output row with rows row_of(0) .. row_of(R - 1) of x over `groups` groups.
 template <typename F, int R, typename Rows, typename RowOf>
 __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const Rows& x, int g0,
@@ -260,40 +275,35 @@ __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales,
   struct Batch {
     typename F::Raw raw[kAhead];
   };
-  auto load = [&](Batch& b, int left) {
+  auto load = [&](Batch& b, int batch) {
+    const int g = batch * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      b.raw[i] = F::load(quants, scales, min(i, left - 1), gpu::lane());  // past the end: the last one again
+      b.raw[i] = F::load(quants, scales, min(g + i, groups - 1), gpu::lane());  // past the end: the last one again
     }
-    quants += kAhead * F::kQuantBytes;
-    scales += kAhead * (kTile * F::kHalves);
   };
   auto use = [&](const Batch& now, int g, int i) {
     const typename F::Block block = F::unpack(now.raw[i]);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       accumulate(block, r, g0 + g + i);
-      if (R > 2 && r == 1) gpu::keep_order();
+      if (R > 1) gpu::keep_order();  // scalar registers for one row at a time
     }
   };
-  Batch next;
-  load(next, groups);
-  for (int g = 0; g < groups; g += kAhead) {
-    const Batch now = next;
-    if (g + kAhead < groups) load(next, groups - g - kAhead);
-    if (g + kAhead <= groups) {  // no branches between the groups
+  auto use_all = [&](const Batch& now, int batch, auto ask_for_next) {
+    ask_for_next();
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        use(now, g, i);
-        if (i == kAhead / 2 - 1) gpu::keep_order();  // scalar registers for half of the activations
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kAhead - 1; ++i) {
-        if (g + i < groups) use(now, g, i);
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      use(now, batch * kAhead, i);
+      gpu::keep_order();  // scalar registers for one group's activations
     }
-  }
+  };
+  one_ahead<Batch>((groups + kAhead - 1) / kAhead, load, use_all, [&](const Batch& last, int batch) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (batch * kAhead + i < groups) use(last, batch * kAhead, i);
+    }
+  });
 }
 
 // The same for up to 16 rows by matrix instructions; Blocks * kMmaTokens >= count.
@@ -383,22 +393,18 @@ __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales,
       multiply(now, x.q + g * 32, x.scale + g, 0, [] {});
     }
   } else {
-    // A group ahead. Loads return in the order they are asked for: a group's activations are asked for before the next
-    // one's weights, which may then stay on their way.
-    auto step = [&](const Weights& now, Weights& next, int g) {
+    // Loads return in the order they are asked for: a group's activations are asked for before the next one's weights,
+    // which may then stay on their way.
+    auto use = [&](const Weights& now, int g, auto ask_for_next) {
       multiply(now, x.q, x.scale, g, [&] {
         gpu::keep_order();
-        load(next, quants, scales, min(g + 1, groups - 1));
+        ask_for_next();
         gpu::keep_order();
       });
     };
-    Weights even, odd;
-    load(even, quants, scales, 0);
-#pragma unroll 1
-    for (int g = 0; g < groups; g += 2) {
-      step(even, odd, g);
-      if (g + 1 < groups) step(odd, even, g + 1);
-    }
+    one_ahead<Weights>(
+        groups, [&](Weights& to, int g) { load(to, quants, scales, g); }, use,
+        [&](const Weights& last, int g) { multiply(last, x.q, x.scale, g, [] {}); });
   }
 }
 

@@ -52,6 +52,12 @@ __host__ __device__ inline int segment_count(int groups) {
 // The sum over segments starts here: -0 + x is x for every x, signed zeros included.
 inline constexpr float kEmptySum = -0.0f;
 
+// What lies so many bytes behind p, which all lanes share: a lane's part of an address is 32 bits.
+template <typename T>
+__device__ inline const T* behind(const T* p, uint32_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + bytes);
+}
+
 __device__ inline int dot_words(const uint4& w, const int4& x, int c) {
   c = gpu::dot4(static_cast<int>(w.x), x.x, c);
   c = gpu::dot4(static_cast<int>(w.y), x.y, c);
@@ -100,7 +106,7 @@ struct FormatQ4_0 {
     float d;
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
-    return {gpu::load_once(q + (group * kQuantBytes + row * 16)), gpu::load(s + (group * kTile + row))};
+    return {gpu::load_once(q + (group * kQuantBytes + row * 16)), gpu::load(behind(s, (group * kTile + row) * 2))};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;
@@ -129,7 +135,7 @@ struct FormatQ4_1 {
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
     return {gpu::load_once(q + (group * kQuantBytes + row * 16)),
-            gpu::load(reinterpret_cast<const uint32_t*>(s) + (group * kTile + row))};
+            gpu::load(behind(reinterpret_cast<const uint32_t*>(s), (group * kTile + row) * 4))};
   }
   static __device__ inline Block unpack(const Raw& r) {
     return {r.q, gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
@@ -161,7 +167,7 @@ struct FormatQ8_0 {
   };
   static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
     const uint8_t* at = q + (group * kQuantBytes + row * 16);
-    return {gpu::load_once(at), gpu::load_once(at + kTile * 16), gpu::load(s + (group * kTile + row))};
+    return {gpu::load_once(at), gpu::load_once(at + kTile * 16), gpu::load(behind(s, (group * kTile + row) * 2))};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;
