@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds the GPU backend for gfx1151 on a bare Debian machine, without ROCm and without a GPU: installs what it needs,
 # assembles the device library the distribution lacks, compiles and links, prints the kernels' registers, shared memory
-# and occupancy, and fails when a hot kernel spills or uses scratch memory.
+# and occupancy, and fails when a hot kernel spills, uses scratch memory or has a flat memory instruction (a pointer that
+# the compiler could not tell from one to shared memory: gpu::load).
 #
 #   scripts/build_hip.sh [build folder: build/hip] [arch: gfx1151]
 set -euo pipefail
@@ -11,7 +12,7 @@ arch=${2:-gfx1151}
 llvm=19
 
 missing=()
-for tool in clang++-$llvm ld.lld-$llvm llvm-as-$llvm llvm-readelf-$llvm; do
+for tool in clang++-$llvm ld.lld-$llvm llvm-as-$llvm llvm-readelf-$llvm llvm-objdump-$llvm; do
   command -v "$tool" >/dev/null || missing+=("$tool")
 done
 [ -e /usr/include/hip/hip_runtime.h ] || missing+=(hip_runtime.h)
@@ -51,16 +52,18 @@ cmake -S . -B "$build" -DDFLASH_GPU=hip -DDFLASH_GPU_ARCH="$arch" -DDFLASH_HIP_C
 cmake --build "$build" --target gpu_test_ops gpu_test_driver_errors --parallel "$(nproc)"
 
 # One device-only compile of each source for the table.
-table=$build/kernels.txt
+table=$build/kernels.txt code=$build/kernels.s
 : > "$table"
+: > "$code"
 for source in csrc/backend/hip/*.hip; do
   object=$build/$(basename "$source" .hip).co
   clang++-$llvm -x hip -std=c++17 -O3 -D__HIP_PLATFORM_AMD__ -DDFLASH_GPU_HIP -ffp-contract=off -fno-math-errno \
     --offload-arch="$arch" --rocm-device-lib-path="$libs" -mcode-object-version=5 -Icsrc -DDFLASH_GPU_ARCHS="\"$arch\"" --cuda-device-only \
     --no-gpu-bundle-output "$source" -o "$object"
   llvm-readelf-$llvm --notes "$object" >> "$table"
+  llvm-objdump-$llvm -d --no-show-raw-insn "$object" >> "$code"
 done
-python3 - "$table" <<'EOF'
+python3 - "$table" "$code" <<'EOF'
 import re
 import subprocess
 import sys
@@ -70,11 +73,19 @@ COLD = ("random_", "repack_", "probe_", "group_kernel", "dense_routing", "norm_q
 VGPRS, GRANULE, WAVES, LDS = 1536, 24, 16, 128 * 1024  # a SIMD of RDNA3.5; shared memory of a work-group processor
 
 text = open(sys.argv[1]).read()
-rows, bad = [], []
+flat = {}  # a kernel's flat memory instructions
+symbol = None
+for line in open(sys.argv[2]):
+    if label := re.match(r"[0-9a-f]+ <(\S+)>:", line):
+        symbol = label.group(1)
+    elif re.match(r"\s+flat_(load|store|atomic)", line):
+        flat[symbol] = flat.get(symbol, 0) + 1
+rows, bad, flat_kernels = [], [], []
 for block in re.split(r"\n  - \.args:", text)[1:]:
     def field(key):
         return re.search(rf"\.{key}:\s+(\S+)", block).group(1)
-    name = subprocess.run(["c++filt", field("name")], capture_output=True, text=True).stdout.strip()
+    symbol = field("name")
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
     name = re.sub(r"\(anonymous namespace\)::|dflash::(hip::)?|void ", "", name)
     name = re.sub(r"\(DType\)(\d+)", r"\1", name)
     name = name[: name.index("(")] if "(" in name else name
@@ -87,12 +98,19 @@ for block in re.split(r"\n  - \.args:", text)[1:]:
     rows.append((name, vgpr, sgpr, lds, vspill, sspill, scratch, per_simd))
     if (vspill or sspill or scratch) and not name.startswith(COLD):
         bad.append(name)
+    if symbol in flat and not name.startswith(COLD):
+        flat_kernels.append(f"{name} ({flat[symbol]})")
 print("| kernel | VGPR | SGPR | LDS | VGPR spills | SGPR spills | scratch | waves/SIMD of 16 |")
 print("|---|---|---|---|---|---|---|---|")
 for r in sorted(set(rows)):
     print("| " + " | ".join(str(v) for v in r) + " |")
+faults = []
 if bad:
-    sys.exit("spills or scratch in hot kernels: " + ", ".join(bad))
+    faults.append("spills or scratch in hot kernels: " + ", ".join(bad))
+if flat_kernels:
+    faults.append("flat memory instructions in hot kernels: " + ", ".join(flat_kernels))
+if faults:
+    sys.exit("\n".join(faults))
 EOF
 tests=$build/csrc/backend/hip
 "$tests/gpu_test_ops" || [ $? = 77 ]

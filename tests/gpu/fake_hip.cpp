@@ -51,7 +51,7 @@ hipError_t hipDeviceGetName(char* name, int n, hipDevice_t) {
 hipError_t hipDeviceGetAttribute(int* v, hipDeviceAttribute_t a, int) {
   *v = a == hipDeviceAttributeComputeCapabilityMajor   ? fake().major
        : a == hipDeviceAttributeComputeCapabilityMinor ? fake().minor
-       : a == hipDeviceAttributeMultiprocessorCount    ? 40
+       : a == hipDeviceAttributeMultiprocessorCount    ? 20  // HIP counts work-group processors
                                                        : 0;
   return hipSuccess;
 }

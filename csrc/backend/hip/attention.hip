@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
 #pragma unroll 1
     for (int key0 = wave_key0; key0 < end;) {
       if (key0 + FirstRun::kKeys > begin)
-        take_run<Dims, Queries, TakeIn>(run, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+        take_run<Dims, Queries, TakeIn>(run, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
       key0 += kAttentionWaves * FirstRun::kKeys;
       if (key0 < end) run.load(p.kv, kv_head, key0, begin, end);
     }
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     for (int key0 = split_begin(split) + wave * kLaterRun; key0 < end; key0 += kAttentionWaves * kLaterRun) {
       later.load(p.kv, kv_head, key0, begin, end);
       if (key0 + kLaterRun > begin)
-        take_run<Dims, Queries, TakeIn>(later, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+        take_run<Dims, Queries, TakeIn>(later, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
     }
   }
 #pragma unroll
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
       }
 #pragma unroll
       for (int v = 0; v < kTogether; ++v) {
-        const float s = gpu::shuffle(scale[n], wave0 + v);
+        const float s = gpu::broadcast(scale[n], wave0 + v);
         r[n] = fmaf(s, o_lds[v][local][dim], r[n]);
         total[n] = fmaf(s, ml_lds[wave0 + v][local].y, total[n]);
       }

@@ -15,29 +15,44 @@ struct KeyRange {
   int first, end;
 };
 
+// One head's keys or values from some position on: a base that is the same in all lanes, so that a lane's part of an
+// address is 32 bits.
+template <DType T>
+struct Plane {
+  using Element = std::conditional_t<T == DType::F32, float, std::conditional_t<T == DType::F16, uint16_t, int8_t>>;
+  const Element* e;       // [keys, head_dim]
+  const uint16_t* scale;  // Q8_0 [keys, head_dim / 32]
+
+  __device__ inline Plane(const KvLayer& kv, const void* base, int head, int key, int head_dim) {
+    const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * head_dim, at = static_cast<int64_t>(key) * head_dim;
+    if constexpr (T == DType::Q8_0) {
+      const int8_t* q = static_cast<const int8_t*>(base) + head_at / 32 * 34;
+      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * head_dim) + at / 32;
+      e = q + at;
+    } else {
+      e = static_cast<const Element*>(base) + head_at + at;
+    }
+  }
+};
+
 // N consecutive elements of a key or value row as they lie in the cache; N a multiple of 4 within one group of 32 (or
 // N = 1, 2).
 template <DType T, int N>
 struct Elements {
-  using Element = std::conditional_t<T == DType::F32, float, std::conditional_t<T == DType::F16, uint16_t, int8_t>>;
+  using Element = typename Plane<T>::Element;
   static constexpr size_t kBytes = N * sizeof(Element);
+  // f16 in words, so that what is held until it is used takes no more registers than bytes
+  using Word = std::conditional_t<T == DType::F16 && N % 2 == 0, uint32_t, Element>;
   struct alignas(kBytes > 16 ? 16 : kBytes) Vector {
-    Element e[N];
+    Word e[kBytes / sizeof(Word)];
   };
   Vector v;
   uint16_t scale;  // Q8_0
 
-  __device__ inline void load(const KvLayer& kv, const void* base, int head, int64_t pos, int dim) {
-    const int64_t at = pos * kv.head_dim + dim;
-    if constexpr (T == DType::Q8_0) {
-      const int64_t head_bytes = static_cast<int64_t>(kv.n_ctx) * (kv.head_dim / 32) * 34;
-      const int8_t* q = static_cast<const int8_t*>(base) + head * head_bytes;
-      v = *reinterpret_cast<const Vector*>(q + at);
-      scale = reinterpret_cast<const uint16_t*>(q + static_cast<int64_t>(kv.n_ctx) * kv.head_dim)[at / 32];
-    } else {
-      const int64_t head_at = static_cast<int64_t>(head) * kv.n_ctx * kv.head_dim;
-      v = *reinterpret_cast<const Vector*>(static_cast<const Element*>(base) + head_at + at);
-    }
+  // at: elements from the plane's beginning.
+  __device__ inline void load(const Plane<T>& from, uint32_t at) {
+    v = gpu::load(reinterpret_cast<const Vector*>(from.e + at));
+    if constexpr (T == DType::Q8_0) scale = gpu::load(from.scale + at / 32);
   }
   __device__ inline void get(float (&f)[N]) const {
 #pragma unroll
@@ -45,7 +60,8 @@ struct Elements {
       if constexpr (T == DType::F32) {
         f[i] = v.e[i];
       } else if constexpr (T == DType::F16) {
-        f[i] = gpu::half_to_float(v.e[i]);
+        constexpr int kHalves = sizeof(Word) / sizeof(Element);
+        f[i] = gpu::half_to_float(static_cast<uint16_t>(v.e[i / kHalves] >> (i % kHalves * 16)));
       } else {
         f[i] = static_cast<float>(v.e[i]) * gpu::half_to_float(scale);
       }
@@ -78,15 +94,18 @@ struct Run {
   static constexpr bool kHeld = Hold;
   Elements<T, 8> k[Hold ? kPieces : 1][LaneKeys];
   Elements<T, Dims> v[Hold ? kKeys : 1];
-  const KvLayer* kv;
   int head, key0, begin, end;
 
   __device__ inline int dim(int piece) const { return (piece * KeyLanes + gpu::lane() % KeyLanes) * 8; }
   __device__ inline int key(int n) const { return key0 + n * kTogether + gpu::lane() / KeyLanes; }
   __device__ inline int safe(int key) const { return max(begin, min(key, end - 1)); }
+  template <int N>
+  __device__ inline void read(Elements<T, N>& to, const KvLayer& kv, const void* base, int key, int dim) const {
+    const Plane<T> from(kv, base, head, key0, Dims * 32);
+    to.load(from, static_cast<uint32_t>(safe(key) - key0) * (Dims * 32) + dim);
+  }
   // [begin, end): keys of the whole block.
-  __device__ inline void load(const KvLayer& from, int kv_head, int first, int block_begin, int block_end) {
-    kv = &from;
+  __device__ inline void load(const KvLayer& kv, int kv_head, int first, int block_begin, int block_end) {
     head = kv_head;
     key0 = first;
     begin = block_begin;
@@ -95,34 +114,34 @@ struct Run {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
 #pragma unroll
-        for (int n = 0; n < LaneKeys; ++n) k[i][n].load(*kv, kv->k, head, safe(key(n)), dim(i));
+        for (int n = 0; n < LaneKeys; ++n) read(k[i][n], kv, kv.k, key(n), dim(i));
       }
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) v[j].load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
+      for (int j = 0; j < kKeys; ++j) read(v[j], kv, kv.v, key0 + j, gpu::lane() * Dims);
     }
   }
-  __device__ inline void key_piece(int i, int n, float (&f)[8]) const {
+  __device__ inline void key_piece(const KvLayer& kv, int i, int n, float (&f)[8]) const {
     if constexpr (Hold) {
       k[i][n].get(f);
     } else {
       Elements<T, 8> e;
-      e.load(*kv, kv->k, head, safe(key(n)), dim(i));
+      read(e, kv, kv.k, key(n), dim(i));
       e.get(f);
     }
   }
-  __device__ inline void value(int j, float (&f)[Dims]) const {
+  __device__ inline void value(const KvLayer& kv, int j, float (&f)[Dims]) const {
     if constexpr (Hold) {
       v[j].get(f);
     } else {
       Elements<T, Dims> e;
-      e.load(*kv, kv->v, head, safe(key0 + j), gpu::lane() * Dims);
+      read(e, kv, kv.v, key0 + j, gpu::lane() * Dims);
       e.get(f);
     }
   }
 };
 
 template <int Dims, int Queries, bool TakeIn, typename R>
-__device__ inline void take_run(const R& run, float scale, const float (&q)[Queries][Dims * 32],
+__device__ inline void take_run(const R& run, const KvLayer& kv, float scale, const float (&q)[Queries][Dims * 32],
                                 const KeyRange (&keys)[Queries], float (&e_lds)[Queries][kLaterRun],
                                 const OwnKey<Dims * 32>& own, WaveState<Dims, Queries>& w) {
   constexpr int kUnroll = R::kHeld ? R::kPieces : gpu::kAttentionUnroll;
@@ -134,7 +153,7 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
     float k[kLaneKeys][8];
 #pragma unroll
     for (int n = 0; n < kLaneKeys; ++n) {
-      run.key_piece(piece, n, k[n]);
+      run.key_piece(kv, piece, n, k[n]);
       if (TakeIn && run.key(n) == own.position) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) k[n][i] = own.k[dim + i];
@@ -166,8 +185,8 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
         for (int j = 0; j + m < kSums; j += 2 * m) score[i][n][j] += score[i][n][j + m];
       }
       s[n] = score[i][n][0];
-#pragma unroll
-      for (int m = 1; m < R::kKeyLanes; m <<= 1) s[n] += gpu::shuffle_xor(s[n], m);
+      static_assert(R::kKeyLanes == 2, "a key shared by two lanes");
+      s[n] += gpu::shuffle_xor<1>(s[n]);
       s[n] = run.key(n) >= keys[i].first && run.key(n) < keys[i].end ? s[n] * scale : -INFINITY;
       top = fmaxf(top, s[n]);
     }
@@ -193,7 +212,7 @@ __device__ inline void take_run(const R& run, float scale, const float (&q)[Quer
     float v[kBatch][Dims];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      run.value(j0 + j, v[j]);
+      run.value(kv, j0 + j, v[j]);
       if (TakeIn && run.safe(run.key0 + j0 + j) == own.position) {
 #pragma unroll
         for (int d = 0; d < Dims; ++d) v[j][d] = own.v[gpu::lane() * Dims + d];

@@ -86,8 +86,8 @@ __device__ inline void post_group(float v, uint64_t* q, uint64_t* scale, uint32_
   const GroupScale s = quantize_lane(v, &i);
   const int lane = gpu::lane();
   uint32_t bytes = (static_cast<uint32_t>(i) & 255u) << (8 * (lane & 3));
-  bytes |= gpu::shuffle_xor(bytes, 1);
-  bytes |= gpu::shuffle_xor(bytes, 2);
+  bytes |= gpu::shuffle_xor<1>(bytes);
+  bytes |= gpu::shuffle_xor<2>(bytes);
   if ((lane & 3) == 0) gpu::post(q + lane / 4, bytes, launch);
   if (lane == 1) gpu::post(scale, __float_as_uint(s.d), launch);
   if (lane == 2) gpu::post(scale + 1, static_cast<uint32_t>(s.sum), launch);

@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     int half, items;
     __device__ void stop() { items = 0; }
     __device__ bool more() const { return unit.item < items; }
-    __device__ TileView<F> tile() const { return TileView<F>(half == 0 ? gate : up, g.expert[unit.item], unit.tile); }
+    __device__ TileView<F> tile() const {
+      return TileView<F>(half == 0 ? gate : up, gpu::uniform(g.expert[unit.item]), unit.tile);
+    }
     __device__ int count() const { return g.count[unit.item]; }
     __device__ int row(int i) const { return g.rows[g.first[unit.item] + i]; }
     __device__ void next_unit() {
@@ -63,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   WeightStream<F, kGateUpSlots<F>, act_rows(MaxRows), Cursor> stream(memory.ring(lds, wave), span, now);
   stream.start();
   stream.start_acts(x);
-  ActRows all = {x.q + span.g0 * 32, x.scale + span.g0, gate.groups * 32, gate.groups};
-  if (gpu::kStaged && MaxRows == 1) {  // the same row for all experts
+  InputRows all = {x.q + span.g0 * 32, x.scale + span.g0, gate.groups * 32, gate.groups};
+  if constexpr (gpu::kStaged && MaxRows == 1) {  // the same row for all experts
     all = stage_acts(memory.act_rows(lds, wave), x, span, [](int) { return 0; }, 1, 1);
   }
   auto row_of = [&](int i) { return now.row(i); };
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
     int item, at, items;
     __device__ void stop() { items = 0; }
     __device__ bool more() const { return item < items; }
-    __device__ TileView<F> tile() const { return TileView<F>(down, g.expert[item], at); }
+    __device__ TileView<F> tile() const { return TileView<F>(down, gpu::uniform(g.expert[item]), at); }
     __device__ int count() const { return g.count[item]; }
     __device__ int row(int i) const { return g.pairs[g.first[item] + i]; }
     __device__ void advance() { item += 2; }
@@ -139,8 +141,8 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   weigh_few(choice, g);
   float* y = reinterpret_cast<float*>(memory.ring(lds, gpu::kStaged ? 2 * kSegments : 0));  // [pairs, 32]
   const int segments = segment_count(down.groups);
-  ActRows all = {act.q + span.g0 * 32, act.scale + span.g0, down.groups * 32, down.groups};
-  if (gpu::kStaged && MaxRows == 1) {  // a row for each expert: all at once
+  InputRows all = {act.q + span.g0 * 32, act.scale + span.g0, down.groups * 32, down.groups};
+  if constexpr (gpu::kStaged && MaxRows == 1) {  // a row for each expert: all at once
     const int most = (choice.top_k + 1) / 2;
     all = stage_acts(
         memory.act_rows(lds, wave), act, span, [&](int i) { return min(2 * i + half, g.items - 1); }, most, most);

@@ -24,7 +24,36 @@ struct ActRows {
   const int8_t* q;
   const GroupScale* scale;
   int q_stride, s_stride;
+
+  struct Quants {
+    int4 lo, hi;
+  };
+  __device__ inline Quants quants(int row, int g) const {
+    const int4* at = reinterpret_cast<const int4*>(q + row * q_stride + g * 32);
+    return {at[0], at[1]};
+  }
+  __device__ inline GroupScale group_scale(int row, int g) const { return scale[row * s_stride + g]; }
 };
+
+// The same where the rows lie in device memory one after the other, and a wave's lanes all ask for the same.
+struct UniformRows : ActRows {
+  __device__ inline UniformRows(const int8_t* q, const GroupScale* scale, int q_stride, int s_stride)
+      : ActRows{q, scale, q_stride, s_stride} {}
+  __device__ inline uint32_t at(int row, int g) const { return static_cast<uint32_t>(row * s_stride + g); }
+  __device__ inline Quants quants(int row, int g) const {
+    struct Words {
+      int w[8];
+    };
+    const auto [w] = gpu::load_uniform(reinterpret_cast<const Words*>(q + at(row, g) * 32));
+    return {make_int4(w[0], w[1], w[2], w[3]), make_int4(w[4], w[5], w[6], w[7])};
+  }
+  __device__ inline GroupScale group_scale(int row, int g) const {
+    return gpu::load_uniform(behind(scale, at(row, g) * 8));
+  }
+};
+
+// Rows left in device memory by the kernel before: on NVIDIA most of them are copied to shared memory.
+using InputRows = std::conditional_t<gpu::kStaged, ActRows, UniformRows>;
 
 struct Span {
   int g0, g1;  // groups of a wave's segment
@@ -193,22 +222,45 @@ class WeightStream {
   const GroupScale* s_from_ = nullptr;
 };
 
+// AMD: batches 0 .. n - 1 of weights, each asked for before the one before it is used: use(batch, i, ask for the next),
+// at last use_last(batch, i). Two in turn, and no branch around what is asked for: a copy or a branch would have the
+// compiler wait for what is on its way.
+template <typename Batch, typename Load, typename Use, typename UseLast>
+__device__ inline void one_ahead(int n, Load load, Use use, UseLast use_last) {
+  Batch even, odd;
+  load(even, 0);
+  int i = 0;
+#pragma unroll 1
+  while (i + 1 < n) {
+    use(even, i, [&] { load(odd, i + 1); });
+    if (++i + 1 == n) {
+      even = odd;
+      break;
+    }
+    use(odd, i, [&] { load(even, i + 1); });
+    ++i;
+  }
+  use_last(even, i);
+}
+
 // acc[r] += the dot products of the lane's output row with rows row_of(0) .. row_of(R - 1) of x over `groups` groups.
-template <typename F, int R, typename RowOf>
-__device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
+template <typename F, int R, typename Rows, typename RowOf>
+__device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales, int groups, const Rows& x, int g0,
                                   RowOf row_of, float (&acc)[R]) {
+  int row[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) row[r] = gpu::uniform(row_of(r));
+  auto accumulate = [&](const typename F::Block& block, int r, int g) {
+    const ActRows::Quants q = x.quants(row[r], g);
+    const GroupScale s = x.group_scale(row[r], g);
+    acc[r] = F::accumulate(block, q.lo, q.hi, s, acc[r]);
+  };
   if constexpr (gpu::kStaged) {  // one chunk
     auto group_of = [&](int i) {
       const typename F::Block block =
-          F::unpack(F::load(quants + i * F::kQuantBytes, scales + i * (kTile * F::kHalves), gpu::lane()));
+          F::unpack(F::load(quants + i * F::kQuantBytes, scales + i * (kTile * F::kHalves), 0, gpu::lane()));
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int row = row_of(r);
-        const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + (g0 + i) * 32);
-        const int4 q0 = q[0], q1 = q[1];
-        const GroupScale s = x.scale[row * x.s_stride + g0 + i];
-        acc[r] = F::accumulate(block, q0, q1, s, acc[r]);
-      }
+      for (int r = 0; r < R; ++r) accumulate(block, r, g0 + i);
     };
     if (groups == kChunk<F>) {
 #pragma unroll
@@ -223,102 +275,144 @@ __device__ inline void dot_groups(const uint8_t* quants, const uint16_t* scales,
   struct Batch {
     typename F::Raw raw[kAhead];
   };
-  const int lane = gpu::lane();
-  auto load = [&](Batch& b, int g) {
+  auto load = [&](Batch& b, int batch) {
+    const int g = batch * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int group = min(g + i, groups - 1);  // past the end: the last one again
-      b.raw[i] = F::load(quants + group * F::kQuantBytes, scales + group * (kTile * F::kHalves), lane);
+      b.raw[i] = F::load(quants, scales, min(g + i, groups - 1), gpu::lane());  // past the end: the last one again
     }
   };
   auto use = [&](const Batch& now, int g, int i) {
     const typename F::Block block = F::unpack(now.raw[i]);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const int row = row_of(r), group = g0 + g + i;
-      const int4* q = reinterpret_cast<const int4*>(x.q + row * x.q_stride + group * 32);
-      const int4 q0 = q[0], q1 = q[1];
-      acc[r] = F::accumulate(block, q0, q1, x.scale[row * x.s_stride + group], acc[r]);
+      accumulate(block, r, g0 + g + i);
+      if (R > 1) gpu::keep_order();  // scalar registers for one row at a time
     }
   };
-  Batch next;
-  load(next, 0);
-  for (int g = 0; g < groups; g += kAhead) {
-    const Batch now = next;
-    if (g + kAhead < groups) load(next, g + kAhead);
-    if (g + kAhead <= groups) {  // no branches between the groups
+  auto use_all = [&](const Batch& now, int batch, auto ask_for_next) {
+    ask_for_next();
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) use(now, g, i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kAhead - 1; ++i) {
-        if (g + i < groups) use(now, g, i);
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      use(now, batch * kAhead, i);
+      gpu::keep_order();  // scalar registers for one group's activations
     }
-  }
+  };
+  one_ahead<Batch>((groups + kAhead - 1) / kAhead, load, use_all, [&](const Batch& last, int batch) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (batch * kAhead + i < groups) use(last, batch * kAhead, i);
+    }
+  });
 }
 
 // The same for up to 16 rows by matrix instructions; Blocks * kMmaTokens >= count.
 template <int Blocks>
 using MmaSums = float[2][Blocks][gpu::kMmaAcc];
 
+// A group's products with 16 weight rows, whose scales are d (and m).
+template <typename F, int... J>
+__device__ inline void mma_group(const gpu::MmaWeights& w, const uint16_t (&d)[gpu::kMmaRows],
+                                 [[maybe_unused]] const uint16_t (&m)[gpu::kMmaRows], const gpu::MmaActs& a,
+                                 const GroupScale (&asked)[gpu::kMmaAsked], float (&acc)[gpu::kMmaAcc],
+                                 std::integer_sequence<int, J...>) {
+  struct Sums {  // of a token
+    int start;
+    float sum, d;
+  } own[gpu::kMmaAsked];
+#pragma unroll
+  for (int j = 0; j < gpu::kMmaAsked; ++j) {
+    own[j] = {gpu::kMmaZero + F::start(asked[j].sum), static_cast<float>(asked[j].sum), asked[j].d};
+  }
+  const Sums x[] = {gpu::mma_of_token<J>(own)...};  // of the lane's tokens
+  int c[gpu::kMmaAcc];
+#pragma unroll
+  for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = x[i % gpu::kMmaToks].start;
+  gpu::mma(c, w, a);
+#pragma unroll
+  for (int i = 0; i < gpu::kMmaAcc; ++i) {
+    const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
+    acc[i] = fmaf(gpu::mma_value(c[i]), gpu::half_to_float(d[row]) * x[token].d, acc[i]);
+    if (F::kHalves == 2) acc[i] = fmaf(x[token].sum, gpu::half_to_float(m[row]) * x[token].d, acc[i]);
+  }
+}
+
 template <typename F, int Blocks, typename RowOf>
 __device__ inline void mma_groups(const uint8_t* quants, const uint16_t* scales, int groups, const ActRows& x, int g0,
                                   RowOf row_of, int count, MmaSums<Blocks>& acc) {
-  int operand_at[Blocks], scale_at[Blocks][gpu::kMmaToks];
+  constexpr int kAsked = gpu::kMmaAsked;
+  uint32_t operand_at[Blocks], scale_at[Blocks][kAsked];
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
     // Rows past the last repeat it: their results are never stored.
     operand_at[b] = row_of(min(b * gpu::kMmaTokens + gpu::mma_act_token(), count - 1)) * x.q_stride + g0 * 32;
 #pragma unroll
-    for (int j = 0; j < gpu::kMmaToks; ++j) {
-      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_token(j), count - 1)) * x.s_stride + g0;
+    for (int j = 0; j < kAsked; ++j) {
+      scale_at[b][j] = row_of(min(b * gpu::kMmaTokens + gpu::mma_own_token(j), count - 1)) * x.s_stride + g0;
+      scale_at[b][j] *= sizeof(GroupScale);
     }
   }
-#pragma unroll gpu::kMmaUnroll
-  for (int g = 0; g < groups; ++g) {
-    const uint8_t* q = quants + g * F::kQuantBytes;
-    const uint16_t* s = scales + g * (kTile * F::kHalves);
-    const gpu::MmaWeights w[2] = {F::mma_load(q, 0), F::mma_load(q, 1)};
-    float d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
+  struct Weights {  // of a group, as they lie
+    decltype(F::mma_load(nullptr, 0, 0)) w[2];
+    uint16_t d[2][gpu::kMmaRows], m[2][gpu::kMmaRows];
+  };
+  // Group g behind q and s, and behind xq and xs.
+  auto load = [&](Weights& to, const uint8_t* q, const uint16_t* s, uint32_t g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      to.w[h] = F::mma_load(q, g, h);
 #pragma unroll
       for (int i = 0; i < gpu::kMmaRows; ++i) {
-        const uint16_t* at = s + (h * 16 + gpu::mma_row(i)) * F::kHalves;
-        d[h][i] = gpu::half_to_float(at[0]);
-        if (F::kHalves == 2) m[h][i] = gpu::half_to_float(at[1]);
+        const uint16_t* at = behind(s, (g * kTile + h * 16 + gpu::mma_row(i)) * F::kHalves * 2);
+        to.d[h][i] = gpu::load(at);
+        if (F::kHalves == 2) to.m[h][i] = gpu::load(at + 1);
       }
     }
+  };
+  auto multiply = [&](const Weights& now, const int8_t* xq, const GroupScale* xs, uint32_t g, auto ask_for_next) {
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      const gpu::MmaActs a = gpu::mma_load_acts(reinterpret_cast<const uint8_t*>(x.q) + operand_at[b] + g * 32, 16);
-      GroupScale sx[gpu::kMmaToks];
+      const gpu::MmaActs a =
+          gpu::mma_load_acts(behind(reinterpret_cast<const uint8_t*>(xq), operand_at[b] + g * 32), 16);
+      GroupScale sx[kAsked];
 #pragma unroll
-      for (int j = 0; j < gpu::kMmaToks; ++j) sx[j] = x.scale[scale_at[b][j] + g];
+      for (int j = 0; j < kAsked; ++j) sx[j] = *behind(xs, scale_at[b][j] + g * sizeof(GroupScale));
+      if (b == Blocks - 1) ask_for_next();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        int c[gpu::kMmaAcc];
-#pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) c[i] = gpu::kMmaZero + F::start(sx[i % gpu::kMmaToks].sum);
-        gpu::mma(c, w[h], a);
-#pragma unroll
-        for (int i = 0; i < gpu::kMmaAcc; ++i) {
-          const int row = i / gpu::kMmaToks, token = i % gpu::kMmaToks;
-          float v = fmaf(gpu::mma_value(c[i]), d[h][row] * sx[token].d, acc[h][b][i]);
-          if (F::kHalves == 2) v = fmaf(static_cast<float>(sx[token].sum), m[h][row] * sx[token].d, v);
-          acc[h][b][i] = v;
-        }
+        mma_group<F>(gpu::mma_unpack(now.w[h]), now.d[h], now.m[h], a, sx, acc[h][b],
+                     std::make_integer_sequence<int, gpu::kMmaToks>());
       }
     }
+  };
+  if constexpr (gpu::kStaged) {
+#pragma unroll gpu::kMmaUnroll
+    for (int g = 0; g < groups; ++g) {
+      Weights now;
+      load(now, quants + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), 0);
+      multiply(now, x.q + g * 32, x.scale + g, 0, [] {});
+    }
+  } else {
+    // Loads return in the order they are asked for: a group's activations are asked for before the next one's weights,
+    // which may then stay on their way.
+    auto use = [&](const Weights& now, int g, auto ask_for_next) {
+      multiply(now, x.q, x.scale, g, [&] {
+        gpu::keep_order();
+        ask_for_next();
+        gpu::keep_order();
+      });
+    };
+    one_ahead<Weights>(
+        groups, [&](Weights& to, int g) { load(to, quants, scales, g); }, use,
+        [&](const Weights& last, int g) { multiply(last, x.q, x.scale, g, [] {}); });
   }
 }
 
 // The wave's segment of its stream's next tile times `count` rows into out[row][output]: rows row_of(0) .. of x (which
 // begins with the segment's first group), or rows 0 .. as they came with the weights (FromRing). The choice of code
-// depends on count alone, which is the same for all waves of a tile; MaxRows bounds it at compile time.
-template <typename F, int MaxRows, bool FromRing, typename Stream, typename RowOf>
-__device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_of, int count, float (*out)[kTile]) {
+// depends on count alone, which is the same for all waves of a tile; MinRows and MaxRows bound it at compile time.
+template <typename F, int MaxRows, bool FromRing, int MinRows = 1, typename Stream, typename Rows, typename RowOf>
+__device__ inline void tile_segment(Stream& stream, const Rows& x, RowOf row_of, int count, float (*out)[kTile]) {
   using Layout = typename Stream::Layout;
   auto rows_at = [&](const uint8_t* slot) {
     if constexpr (FromRing) {
@@ -364,15 +458,11 @@ __device__ inline void tile_segment(Stream& stream, const ActRows& x, RowOf row_
   if constexpr (MaxRows <= 2) {  // made for exactly so many
     dot(std::integral_constant<int, MaxRows>{});
   } else {
-    switch (count) {
-      case 1:
-        dot(std::integral_constant<int, 1>{});
-        return;
-      case 2:
-        dot(std::integral_constant<int, 2>{});
-        return;
-      default:
-        break;
+    if constexpr (MinRows <= 1) {
+      if (count == 1) return dot(std::integral_constant<int, 1>{});
+    }
+    if constexpr (MinRows <= 2) {
+      if (count == 2) return dot(std::integral_constant<int, 2>{});
     }
     if constexpr (gpu::kMmaFromRows > 3 && MaxRows <= 4) {  // beside matrix instructions scalar registers are short
       static_assert(gpu::kMmaFromRows <= 5, "dot products of at most four rows");

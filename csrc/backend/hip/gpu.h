@@ -3,7 +3,7 @@
 // sm_80 and later) builds the very same kernels so that they can be tested where AMD hardware is not at hand.
 //
 // Host side: errors as exceptions, memory, streams, events, graphs, launches.
-// Device side: lanes, shuffles, dot products of four bytes, matrix instructions, scalar conversions.
+// Device side: lanes, shuffles, dot products of four bytes, scalar conversions.
 
 #include <atomic>
 #include <cstddef>
@@ -105,6 +105,19 @@ inline int device_count(Status* why) {
   return *why == kOk ? n : 0;
 }
 
+// Compute units of a device (NVIDIA: multiprocessors). On RDNA, HIP counts work-group processors, which are two compute
+// units each (ROCm/hip issues 2687 and 3767).
+inline int compute_units(int device = 0) {
+  int units = 0;
+#if defined(DFLASH_GPU_HIP)
+  GPU_CHECK(DeviceGetAttribute(&units, hipDeviceAttributeMultiprocessorCount, device));
+  units *= 2;
+#else
+  GPU_CHECK(DeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device));
+#endif
+  return units;
+}
+
 inline DeviceInfo device_info(int device) {
   DeviceInfo info;
   int value = 0;
@@ -112,29 +125,17 @@ inline DeviceInfo device_info(int device) {
   char name[256] = {};
   GPU_CHECK(DeviceGetName(name, sizeof(name) - 1, device));
   info.name = name;
-  GPU_CHECK(DeviceGetAttribute(&value, hipDeviceAttributeMultiprocessorCount, device));
-  info.compute_units = value;
+  info.compute_units = compute_units(device);
   GPU_CHECK(DeviceGetAttribute(&value, hipDeviceAttributeIntegrated, device));
 #else
   cudaDeviceProp prop;
   GPU_CHECK(GetDeviceProperties(&prop, device));
   info.name = prop.name;
-  GPU_CHECK(DeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device));
-  info.compute_units = value;
+  info.compute_units = compute_units(device);
   GPU_CHECK(DeviceGetAttribute(&value, cudaDevAttrIntegrated, device));
 #endif
   info.integrated = value != 0;
   return info;
-}
-
-inline int compute_units() {
-  int units = 0;
-#if defined(DFLASH_GPU_HIP)
-  GPU_CHECK(DeviceGetAttribute(&units, hipDeviceAttributeMultiprocessorCount, 0));
-#else
-  GPU_CHECK(DeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, 0));
-#endif
-  return units;
 }
 
 // 11.5 for gfx1151, 9.0 for sm_90.
@@ -288,14 +289,17 @@ __device__ inline void wave_sync() {
 
 __device__ inline int lane() { return static_cast<int>(threadIdx.x) & (kWave - 1); }
 
-// The wave's number in its block, as a value the compiler knows to be the same in every lane.
-__device__ inline int wave() {
+// v, which is the same in every lane, as a value the compiler knows to be so.
+__device__ inline int uniform(int v) {
 #if defined(DFLASH_GPU_HIP)
-  return __builtin_amdgcn_readfirstlane(static_cast<int>(threadIdx.x) / kWave);
+  return __builtin_amdgcn_readfirstlane(v);
 #else
-  return static_cast<int>(threadIdx.x) / kWave;
+  return v;
 #endif
 }
+
+// The wave's number in its block.
+__device__ inline int wave() { return uniform(static_cast<int>(threadIdx.x) / kWave); }
 
 // T is a number: outside a HIP compile (tests/gpu/emulator) HIP's headers make v.x of a float4 a class of its own, a
 // copy of which is not the element.
@@ -319,52 +323,124 @@ __device__ inline T shuffle(T v, int from) {
 #endif
 }
 
-__device__ inline float wave_sum(float v) {
-  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
+// v of lane `from`, the same for all lanes.
+template <typename T>
+__device__ inline T broadcast(T v, int from) {
+#if defined(DFLASH_GPU_HIP)
+  static_assert(sizeof(T) == sizeof(int), "a register");
+  return __builtin_bit_cast(T, __builtin_amdgcn_readlane(__builtin_bit_cast(int, v), from));
+#else
+  return shuffle(v, from);
+#endif
+}
+
+#if defined(DFLASH_GPU_HIP)
+// v with f applied to each of its registers.
+template <typename T, typename F>
+__device__ inline T by_words(const T& v, F f) {
+  static_assert(sizeof(T) % sizeof(int) == 0, "whole registers");
+  struct Words {
+    int w[sizeof(T) / sizeof(int)];
+  };
+  Words words = __builtin_bit_cast(Words, v);
+  for (int& w : words.w) w = f(w);
+  return __builtin_bit_cast(T, words);
+}
+
+// v of lane J of the sixteen that a lane belongs to.
+template <int J, typename T>
+__device__ inline T share_in_16(const T& v) {
+  return by_words(v, [](int w) { return __builtin_amdgcn_update_dpp(0, w, 0x150 | J, 0xf, 0xf, true); });  // row_share
+}
+#endif
+
+// shuffle_xor with a distance known to the compiler. AMD: within the vector unit (DPP) instead of through shared
+// memory, often as an operand of the instruction that uses it.
+template <int Mask, typename T>
+__device__ inline T shuffle_xor(T v) {
+#if defined(DFLASH_GPU_HIP)
+  static_assert(Mask == 16 || (Mask > 0 && Mask < 16), "a distance within 16 lanes, or 16");
+  return by_words(v, [](int w) {
+    if constexpr (Mask == 16) {
+      return __builtin_amdgcn_permlanex16(w, w, 0x76543210, 0xfedcba98, false, true);
+    } else {
+      return __builtin_amdgcn_update_dpp(0, w, 0x160 | Mask, 0xf, 0xf, true);  // row_xmask
+    }
+  });
+#else
+  return shuffle_xor(v, Mask);
+#endif
+}
+
+// f over the values of the lanes whose numbers differ in Mask and the bits below it, the greatest distance first.
+template <int Mask = kWave / 2, typename T, typename F>
+__device__ inline T reduce(T v, F f) {
+  v = f(v, shuffle_xor<Mask>(v));
+  if constexpr (Mask > 1) v = reduce<Mask / 2>(v, f);
   return v;
 }
 
+__device__ inline float wave_sum(float v) {
+  return reduce(v, [](float a, float b) { return a + b; });
+}
+
 // The same of N values, a power of two, in fewer shuffles: lanes i * 32 / N and those after it end with v[i]'s sum.
-template <int N>
+template <int N, int Mask = kWave / 2>
 __device__ inline float wave_sums(float (&v)[N]) {
   static_assert((N & (N - 1)) == 0 && N <= kWave, "a power of two");
-  int left = N;  // values a lane still has
+  constexpr int kHad = N * Mask * 2 / kWave, kLeft = kHad / 2;  // values a lane has before and after this step
+  if constexpr (kHad <= 1) {
+    v[0] += shuffle_xor<Mask>(v[0]);
+  } else {
+    const bool upper = (lane() & Mask) != 0;
 #pragma unroll
-  for (int m = kWave / 2; m > 0; m >>= 1) {
-    if (left == 1) {
-      v[0] += shuffle_xor(v[0], m);
-      continue;
-    }
-    left /= 2;
-    const bool upper = (lane() & m) != 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      if (i >= left) break;
-      const float mine = upper ? v[i + left] : v[i], other = upper ? v[i] : v[i + left];
-      v[i] = mine + shuffle_xor(other, m);
+    for (int i = 0; i < kLeft; ++i) {
+      const float mine = upper ? v[i + kLeft] : v[i], other = upper ? v[i] : v[i + kLeft];
+      v[i] = mine + shuffle_xor<Mask>(other);
     }
   }
+  if constexpr (Mask > 1) return wave_sums<N, Mask / 2>(v);
   return v[0];
 }
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
 __device__ inline int wave_sum(int v) {
 #if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v += shuffle_xor(v, m);
-  return v;
+  return reduce(v, [](int a, int b) { return a + b; });
 #else
   return __reduce_add_sync(0xffffffffu, v);
 #endif
 }
 
-__device__ inline float wave_max(float v) {
+// The largest and the smallest v of a wave.
+__device__ inline int wave_max(int v) {
 #if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
-  return v;
-#else  // integers in the order of the floats: one instruction
-  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
-  return __int_as_float(turn(__reduce_max_sync(0xffffffffu, turn(__float_as_int(v)))));
+  return reduce(v, [](int a, int b) { return max(a, b); });
+#else
+  return __reduce_max_sync(0xffffffffu, v);
 #endif
+}
+
+__device__ inline uint32_t wave_most(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  return reduce(v, [](uint32_t a, uint32_t b) { return max(a, b); });
+#else
+  return __reduce_max_sync(0xffffffffu, v);
+#endif
+}
+
+__device__ inline uint32_t wave_least(uint32_t v) {
+#if defined(DFLASH_GPU_HIP)
+  return reduce(v, [](uint32_t a, uint32_t b) { return min(a, b); });
+#else
+  return __reduce_min_sync(0xffffffffu, v);
+#endif
+}
+
+// As integers in the order of the floats: nothing has to be said about NaN, and a step is one instruction.
+__device__ inline float wave_max(float v) {
+  auto turn = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
+  return __int_as_float(turn(wave_max(turn(__float_as_int(v)))));
 }
 
 // The sum of v over the lanes before this one.
@@ -384,11 +460,59 @@ __device__ inline int wave_sum_before(int v) {
 // ---- device: bytes and numbers
 // -----------------------------------------------------------------------------------------
 
+#if defined(__HIP__)
+#define DFLASH_DEVICE_MEMORY __attribute__((address_space(1)))
+#define DFLASH_CONSTANT_MEMORY __attribute__((address_space(4)))
+#else  // NVIDIA and tests/gpu/emulator
+#define DFLASH_DEVICE_MEMORY
+#define DFLASH_CONSTANT_MEMORY
+#endif
+
+// What lies at p. AMD: in device memory, which the compiler cannot see of a pointer chosen at run time (one of several
+// matrices): it would have every access ask whether the address is shared memory's, and wait for both kinds.
+template <typename T>
+__device__ inline T load(const T* p) {
+#if defined(DFLASH_GPU_HIP)
+  constexpr size_t kPiece = sizeof(T) < 16 ? sizeof(T) : 16, kWord = sizeof(T) < 4 ? sizeof(T) : 4;
+  using Word = std::conditional_t<kWord == 4, uint32_t, std::conditional_t<kWord == 2, uint16_t, uint8_t>>;
+  typedef Word Piece __attribute__((ext_vector_type(kPiece / kWord)));
+  static_assert(sizeof(T) % kPiece == 0 && alignof(T) == kPiece, "whole, aligned pieces");
+  struct {
+    Piece piece[sizeof(T) / kPiece];
+  } v;
+  const auto* from = (const DFLASH_DEVICE_MEMORY Piece*)p;
+  for (size_t i = 0; i < sizeof(T) / kPiece; ++i) v.piece[i] = from[i];
+  return __builtin_bit_cast(T, v);
+#else
+  return *p;
+#endif
+}
+
+// What lies at p in device memory, p the same in all lanes, T of whole words, and no block of this kernel writes there.
+// AMD: by the scalar unit. Vector loads return in the order they were asked for, so that a wait for such a value would
+// be one for all weights asked for before.
+template <typename T>
+__device__ inline T load_uniform(const T* p) {
+#if defined(DFLASH_GPU_HIP)
+  typedef uint32_t Words __attribute__((ext_vector_type(sizeof(T) / 4), aligned(4)));
+  return __builtin_bit_cast(T, *(const DFLASH_CONSTANT_MEMORY Words*)p);
+#else
+  return *p;
+#endif
+}
+
+// The compiler moves nothing across: it would load operands of many steps ahead and run out of registers.
+__device__ inline void keep_order() {
+#if defined(__HIP_DEVICE_COMPILE__)
+  __builtin_amdgcn_sched_barrier(0);
+#endif
+}
+
 // Reads data that this kernel uses once: past the small caches on AMD, from where copies brought it on NVIDIA.
 __device__ inline uint4 load_once(const uint8_t* p) {
 #if defined(DFLASH_GPU_HIP)
   typedef unsigned int u32x4 __attribute__((ext_vector_type(4)));
-  const u32x4 v = __builtin_nontemporal_load(reinterpret_cast<const u32x4*>(p));
+  const u32x4 v = __builtin_nontemporal_load((const DFLASH_DEVICE_MEMORY u32x4*)p);
   return make_uint4(v.x, v.y, v.z, v.w);
 #else
   return *reinterpret_cast<const uint4*>(p);
@@ -426,165 +550,6 @@ __device__ inline int dot4(int a, int b, int c) {
   return d;
 #else  // the host pass only parses
   return a + b + c;
-#endif
-}
-
-// ---- device: matrix instructions
-// ------------------------------------------------------------------------------------- One step multiplies 16 weight
-// rows by kMmaTokens token rows over a group of 32: exact int32 sums. A lane holds kMmaRows x kMmaToks of the results,
-// c[i * kMmaToks + j]: weight row mma_row(i), token mma_token(j).
-//
-// Operands are read as chunks: 16 bytes of a row, rows 16 bytes apart for weights. Q4 nibbles are one chunk (low
-// nibbles: elements 0..15, high: 16..31), bytes two chunks (elements 0..15, 16..31).
-
-// Rows of activations from which the matrix instructions are used; below, dot4 is at least as fast. The results are
-// the same bits either way.
-#if defined(DFLASH_GPU_HIP)
-inline constexpr int kMmaFromRows = 5;  // five rows of activations are too many for the scalar registers
-inline constexpr int kMmaUnroll = 1;    // groups in a loop body
-inline constexpr int kAttentionUnroll =
-    1;  // steps over head_dim in a loop body; unrolled, they need too many registers
-inline constexpr int kDotAhead[] = {4, 1};  // groups of weights loaded ahead, for 1 row and for more
-inline constexpr int kMmaTokens = 16, kMmaRows = 1, kMmaToks = 8;
-inline constexpr int kHalfTokens = 32;  // tokens a block of the kernels for many rows takes
-#else
-inline constexpr int kMmaFromRows = 3;
-inline constexpr int kMmaUnroll = 3;
-inline constexpr int kAttentionUnroll = 2;
-inline constexpr int kDotAhead[] = {3, 3};
-inline constexpr int kMmaTokens = 8, kMmaRows = 2, kMmaToks = 2;
-inline constexpr int kHalfTokens = 96;
-#endif
-inline constexpr int kMmaAcc = kMmaRows * kMmaToks;
-
-// Sums start at kMmaZero and are read by mma_value(). NVIDIA converts integers at a fraction of the rate at which it
-// adds floats, so there the sum grows in the mantissa of 1.5 * 2^23: exact for |sum| < 2^22, and 2^19 suffices.
-#if defined(DFLASH_GPU_HIP)
-inline constexpr int kMmaZero = 0;
-__device__ inline float mma_value(int c) { return static_cast<float>(c); }
-#else
-inline constexpr int kMmaZero = 0x4b400000;
-__device__ inline float mma_value(int c) { return __int_as_float(c) - 12582912.0f; }
-#endif
-
-#if defined(DFLASH_GPU_HIP)
-
-#if defined(__gfx1200__) || defined(__gfx1201__)
-// RDNA4: a lane holds half of its row's 16 bytes.
-typedef int mma_bytes __attribute__((ext_vector_type(2)));
-#else
-// RDNA3: lanes l and l + 16 both hold row l's 16 bytes.
-typedef int mma_bytes __attribute__((ext_vector_type(4)));
-#endif
-typedef int mma_sums __attribute__((ext_vector_type(8)));
-
-struct MmaOperand {  // a group of 32: two instructions of depth 16
-  mma_bytes k0, k1;
-};
-using MmaWeights = MmaOperand;
-using MmaActs = MmaOperand;
-
-__device__ inline mma_bytes mma_chunk(const uint8_t* row) {
-#if defined(__gfx1200__) || defined(__gfx1201__)
-  return *reinterpret_cast<const mma_bytes*>(row + (lane() >> 4) * 8);
-#else
-  return *reinterpret_cast<const mma_bytes*>(row);
-#endif
-}
-
-__device__ inline int mma_row(int) { return lane() & 15; }
-__device__ inline int mma_token(int j) {
-#if defined(__gfx1200__) || defined(__gfx1201__)
-  return j + 8 * (lane() >> 4);
-#else
-  return 2 * j + (lane() >> 4);
-#endif
-}
-
-__device__ inline MmaWeights mma_load_nibbles(const uint8_t* chunk) {
-  const mma_bytes v = mma_chunk(chunk + (lane() & 15) * 16);
-  return {v & 0x0f0f0f0f, (v >> 4) & 0x0f0f0f0f};
-}
-
-__device__ inline MmaWeights mma_load_bytes(const uint8_t* chunk0, const uint8_t* chunk1) {
-  return {mma_chunk(chunk0 + (lane() & 15) * 16), mma_chunk(chunk1 + (lane() & 15) * 16)};
-}
-
-// The lane's token is mma_act_token(); its two chunks lie at p and p + second.
-__device__ inline int mma_act_token() { return lane() & 15; }
-__device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) { return {mma_chunk(p), mma_chunk(p + second)}; }
-
-__device__ inline void mma(int (&c)[kMmaAcc], [[maybe_unused]] const MmaWeights& w, [[maybe_unused]] const MmaActs& x) {
-  mma_sums s;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) s[i] = c[i];
-#if defined(__gfx1200__) || defined(__gfx1201__)
-  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32_gfx12(true, x.k0, true, w.k0, s, false);
-  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32_gfx12(true, x.k1, true, w.k1, s, false);
-#elif defined(__HIP_DEVICE_COMPILE__)
-  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(true, x.k0, true, w.k0, s, false);
-  s = __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(true, x.k1, true, w.k1, s, false);
-#endif
-#pragma unroll
-  for (int i = 0; i < 8; ++i) c[i] = s[i];
-}
-
-#else  // NVIDIA: mma.m16n8k32, weights as A (row g = lane / 4 and g + 8), tokens as B
-
-struct MmaWeights {
-  uint32_t a0, a1, a2, a3;
-};
-struct MmaActs {
-  uint32_t b0, b1;
-};
-
-__device__ inline int mma_row(int i) { return (lane() >> 2) + 8 * i; }
-__device__ inline int mma_token(int j) { return (lane() & 3) * 2 + j; }
-
-__device__ inline uint32_t mma_word(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
-
-__device__ inline MmaWeights mma_load_nibbles(const uint8_t* chunk) {
-  const uint8_t* p = chunk + lane() * 4;  // row lane / 4, word lane % 4
-  const uint32_t top = mma_word(p), bottom = mma_word(p + 128);
-  return {top & 0x0f0f0f0fu, bottom & 0x0f0f0f0fu, (top >> 4) & 0x0f0f0f0fu, (bottom >> 4) & 0x0f0f0f0fu};
-}
-
-__device__ inline MmaWeights mma_load_bytes(const uint8_t* chunk0, const uint8_t* chunk1) {
-  const uint8_t* p = chunk0 + lane() * 4;
-  const uint8_t* q = chunk1 + lane() * 4;
-  return {mma_word(p), mma_word(p + 128), mma_word(q), mma_word(q + 128)};
-}
-
-__device__ inline int mma_act_token() { return lane() >> 2; }
-__device__ inline MmaActs mma_load_acts(const uint8_t* p, int second) {
-  const uint8_t* q = p + (lane() & 3) * 4;
-  return {mma_word(q), mma_word(q + second)};
-}
-
-__device__ inline void mma(int (&c)[kMmaAcc], const MmaWeights& w, const MmaActs& x) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(w.a0), "r"(w.a1), "r"(w.a2), "r"(w.a3), "r"(x.b0), "r"(x.b1));
-}
-
-#endif
-
-// The largest and the smallest v of a wave.
-__device__ inline uint32_t wave_most(uint32_t v) {
-#if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = max(v, shuffle_xor(v, m));
-  return v;
-#else
-  return __reduce_max_sync(0xffffffffu, v);
-#endif
-}
-
-__device__ inline uint32_t wave_least(uint32_t v) {
-#if defined(DFLASH_GPU_HIP)
-  for (int m = kWave / 2; m > 0; m >>= 1) v = min(v, shuffle_xor(v, m));
-  return v;
-#else
-  return __reduce_min_sync(0xffffffffu, v);
 #endif
 }
 

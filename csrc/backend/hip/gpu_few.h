@@ -3,7 +3,7 @@
 // the kernel waits for its predecessor (by its lanes: the bulk copy engine takes some 40 ns a copy, too long for pieces
 // of 2 KB). AMD reads them from global memory into registers a few groups ahead; there is no such copy on gfx11.
 
-#include "backend/hip/gpu.h"
+#include "backend/hip/gpu_mma.h"
 
 namespace dflash::gpu {
 

@@ -53,10 +53,10 @@ __device__ inline int flash_other(int i) {
 template <typename F>
 __device__ inline float flash_reduce(float v, F f) {
 #if defined(DFLASH_GPU_HIP)
-  return f(v, shuffle_xor(v, 16));
+  return f(v, shuffle_xor<16>(v));
 #else
-  v = f(v, shuffle_xor(v, 1));
-  return f(v, shuffle_xor(v, 2));
+  v = f(v, shuffle_xor<1>(v));
+  return f(v, shuffle_xor<2>(v));
 #endif
 }
 
@@ -140,7 +140,7 @@ __device__ inline FlashWords flash_weights(const float (&a)[8]) {
     if (kHalfWords == 2) {
       f.w[i] = own;
     } else {  // even keys lie in the lower lanes, odd ones in the upper
-      const uint32_t other = shuffle_xor(own, 16);
+      const uint32_t other = shuffle_xor<16>(own);
       f.w[i] = lane() < 16 ? own : other;
       f.w[kFlashWords / 2 + i] = lane() < 16 ? other : own;
     }
@@ -203,12 +203,12 @@ __device__ inline void flash_write(const float (&o)[Sixteens][8], int r, float s
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t own = odd ? piece[2 * h + 1] : piece[2 * h];
-      const uint32_t other = shuffle_xor(odd ? piece[2 * h] : piece[2 * h + 1], 1);
+      const uint32_t other = shuffle_xor<1>(odd ? piece[2 * h] : piece[2 * h + 1]);
       low[h] = __byte_perm(odd ? other : own, odd ? own : other, 0x5410);
       high[h] = __byte_perm(odd ? other : own, odd ? own : other, 0x7632);
     }
-    const uint32_t other_low = shuffle_xor(upper ? low[0] : low[1], 2);
-    const uint32_t other_high = shuffle_xor(upper ? high[0] : high[1], 2);
+    const uint32_t other_low = shuffle_xor<2>(upper ? low[0] : low[1]);
+    const uint32_t other_high = shuffle_xor<2>(upper ? high[0] : high[1]);
     const uint4 whole =
         upper ? make_uint4(other_low, low[1], other_high, high[1]) : make_uint4(low[0], other_low, high[0], other_high);
     if (write) *reinterpret_cast<uint4*>(half + g * 32 + (lane() & 3) * 8) = whole;

@@ -2,7 +2,7 @@
 // gpu.h's part for many rows: 16-bit floats on matrix instructions, asynchronous copies. The same rule: what differs
 // between vendors is here and nowhere else.
 
-#include "backend/hip/gpu.h"
+#include "backend/hip/gpu_mma.h"
 
 #if defined(DFLASH_GPU_CUDA)
 #include <cuda_bf16.h>
@@ -145,13 +145,6 @@ __host__ __device__ inline int half_slot(int e) {
   return (e & ~3) | in_word;
 #else
   return (e >> 4) * 16 + (in_word >> 1) * 8 + (e >> 2 & 3) * 2 + (in_word & 1);
-#endif
-}
-
-// The compiler moves nothing across: it would load operands of many steps ahead and run out of registers.
-__device__ inline void keep_order() {
-#if defined(__HIP_DEVICE_COMPILE__)
-  __builtin_amdgcn_sched_barrier(0);
 #endif
 }
 

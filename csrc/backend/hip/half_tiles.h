@@ -77,9 +77,9 @@ class HalfStream {
         const uint16_t* s = reinterpret_cast<const uint16_t*>(slot + Slot::kScales + i * Slot::kScaleGroup);
         gpu::MmaWeights weights;
         if constexpr (Slot::kGroup == 256) {
-          weights = gpu::mma_load_nibbles(w);
+          weights = gpu::mma_unpack(gpu::mma_load_nibbles(w, 0));
         } else {
-          weights = gpu::mma_load_bytes(w, w + 256);
+          weights = gpu::mma_load_bytes(w, 0, 256);
         }
         const gpu::MmaActs acts = gpu::mma_load_acts(q + (at + i) * 32, 16);
         GroupScale sx[gpu::kMmaToks];

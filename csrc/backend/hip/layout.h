@@ -52,6 +52,12 @@ __host__ __device__ inline int segment_count(int groups) {
 // The sum over segments starts here: -0 + x is x for every x, signed zeros included.
 inline constexpr float kEmptySum = -0.0f;
 
+// What lies so many bytes behind p, which all lanes share: a lane's part of an address is 32 bits.
+template <typename T>
+__device__ inline const T* behind(const T* p, uint32_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + bytes);
+}
+
 __device__ inline int dot_words(const uint4& w, const int4& x, int c) {
   c = gpu::dot4(static_cast<int>(w.x), x.x, c);
   c = gpu::dot4(static_cast<int>(w.y), x.y, c);
@@ -73,9 +79,9 @@ __device__ inline int dot_nibbles(const uint4& v, const int4& x0, const int4& x1
   return (dot_masked(v, 0xf0f0f0f0u, x1, 0) >> 4) + dot_masked(v, 0x0f0f0f0fu, x0, c);
 }
 
-// The formats. Raw: one row's group as loaded; Block: the same, unpacked. accumulate(): acc plus its dot with a group
-// of activations, which is add(term(), acc). start(sum): the value a matrix instruction's sums start from so that they
-// end as that dot.
+// The formats. Raw: one row's group as loaded, from a base all lanes share; Block: the same, unpacked. accumulate():
+// acc plus its dot with a group of activations, which is add(term(), acc). mma_load(): 16 rows of a group as they lie.
+// start(sum): the value a matrix instruction's sums start from so that they end as that dot.
 
 // What a group adds: the integer dot product and its scale.
 struct DotTerm {
@@ -99,8 +105,8 @@ struct FormatQ4_0 {
     uint4 q;
     float d;
   };
-  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), s[row]};
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
+    return {gpu::load_once(q + (group * kQuantBytes + row * 16)), gpu::load(behind(s, (group * kTile + row) * 2))};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.q, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;
@@ -110,8 +116,8 @@ struct FormatQ4_0 {
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
     return add(term(b, x0, x1, x), acc);
   }
-  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
-    return gpu::mma_load_nibbles(q + half * 256);
+  static __device__ inline gpu::MmaNibbles mma_load(const uint8_t* q, uint32_t group, int half) {
+    return gpu::mma_load_nibbles(q, group * kQuantBytes + half * 256);
   }
   static __device__ inline int start(int sum) { return -8 * sum; }
 };
@@ -127,8 +133,9 @@ struct FormatQ4_1 {
     uint4 q;
     uint32_t dm;
   };
-  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), reinterpret_cast<const uint32_t*>(s)[row]};
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
+    return {gpu::load_once(q + (group * kQuantBytes + row * 16)),
+            gpu::load(behind(reinterpret_cast<const uint32_t*>(s), (group * kTile + row) * 4))};
   }
   static __device__ inline Block unpack(const Raw& r) {
     return {r.q, gpu::half_to_float(static_cast<uint16_t>(r.dm & 0xffffu)),
@@ -141,8 +148,8 @@ struct FormatQ4_1 {
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
     return add(term(b, x0, x1, x), acc);
   }
-  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
-    return gpu::mma_load_nibbles(q + half * 256);
+  static __device__ inline gpu::MmaNibbles mma_load(const uint8_t* q, uint32_t group, int half) {
+    return gpu::mma_load_nibbles(q, group * kQuantBytes + half * 256);
   }
   static __device__ inline int start(int) { return 0; }
 };
@@ -158,8 +165,9 @@ struct FormatQ8_0 {
     uint4 lo, hi;
     uint16_t d;
   };
-  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, int row) {
-    return {gpu::load_once(q + row * 16), gpu::load_once(q + kTile * 16 + row * 16), s[row]};
+  static __device__ inline Raw load(const uint8_t* q, const uint16_t* s, uint32_t group, uint32_t row) {
+    const uint8_t* at = q + (group * kQuantBytes + row * 16);
+    return {gpu::load_once(at), gpu::load_once(at + kTile * 16), gpu::load(behind(s, (group * kTile + row) * 2))};
   }
   static __device__ inline Block unpack(const Raw& r) { return {r.lo, r.hi, gpu::half_to_float(r.d)}; }
   using Term = DotTerm;
@@ -169,8 +177,8 @@ struct FormatQ8_0 {
   static __device__ inline float accumulate(const Block& b, const int4& x0, const int4& x1, GroupScale x, float acc) {
     return add(term(b, x0, x1, x), acc);
   }
-  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, int half) {
-    return gpu::mma_load_bytes(q + half * 256, q + kTile * 16 + half * 256);
+  static __device__ inline gpu::MmaWeights mma_load(const uint8_t* q, uint32_t group, int half) {
+    return gpu::mma_load_bytes(q, group * kQuantBytes + half * 256, kTile * 16);
   }
   static __device__ inline int start(int) { return 0; }
 };

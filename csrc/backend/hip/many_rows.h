@@ -202,8 +202,8 @@ __device__ inline void write_pair_rows(const Sums& sums, int first_tile, int tok
           v[i] = out[min(token, kPassTokens - 1) * kOutRow + part * kEach + i];
           largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
         }
-        largest = max(largest, gpu::shuffle_xor(largest, 1));
-        largest = max(largest, gpu::shuffle_xor(largest, 2));
+        largest = max(largest, gpu::shuffle_xor<1>(largest));
+        largest = max(largest, gpu::shuffle_xor<2>(largest));
         const float top = __uint_as_float(largest), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
         uint32_t words[kEach / 2];
 #pragma unroll

@@ -12,6 +12,9 @@ constexpr int kActsMost = 64 << 10;  // bytes of activations of a block that are
 template <typename F>
 inline constexpr int kDenseSlots = 12 / kChunk<F>;  // of a wave's ring
 
+// The fewest rows that a kernel made for `most` is given (with_dense_rows).
+constexpr int dense_least(int most) { return most == 4 && !gpu::kStaged ? 2 : most / 2 + 1; }
+
 // Tiles of any output, each block takes every gridDim.x-th.
 template <typename F, int MaxRows, bool Norm, int Slots>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
@@ -40,18 +43,18 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   stream.start();
   [[maybe_unused]] const NormRows<1, kSegments> norm(in.norm, Norm ? groups * 32 : 0);
   gpu::wait_for_previous();
-  ActRows x;
+  std::conditional_t<Norm, ActRows, InputRows> x = {in.x.q + span.g0 * 32, in.x.scale + span.g0, groups * 32, groups};
   if constexpr (Norm) {
     uint8_t* acts = gpu::kStaged ? memory.ring(lds, kSegments) : lds;
     norm.run(acts, sums);
     x = {reinterpret_cast<const int8_t*>(acts) + span.g0 * 32,
          reinterpret_cast<const GroupScale*>(acts + groups * 32) + span.g0, 0, 0};
-  } else if (gpu::kStaged && (MaxRows <= 2 || memory.acts > 0)) {
+  } else if constexpr (gpu::kStaged) {
     // One tile, all its weights are on their way: nothing is lost by waiting for them with the rows.
     constexpr bool kWhole = Slots > kDenseSlots<F>;
-    x = stage_acts<kWhole>(memory.act_rows(lds, wave), in.x, span, [](int r) { return r; }, in.rows, memory.acts);
-  } else {
-    x = {in.x.q + span.g0 * 32, in.x.scale + span.g0, groups * 32, groups};
+    if (MaxRows <= 2 || memory.acts > 0) {
+      x = stage_acts<kWhole>(memory.act_rows(lds, wave), in.x, span, [](int r) { return r; }, in.rows, memory.acts);
+    }
   }
   int buffer = 0;
   for (int tile = first; tile < list.tiles; tile += step) {
@@ -65,7 +68,8 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       const int r = wave + i * kSegments;
       if (r < in.rows && n < out.w.n_out) before[i] = out.y[r * out.w.n_out + n];
     }
-    tile_segment<F, MaxRows, false>(stream, x, [](int r) { return r; }, in.rows, partial[buffer][wave]);
+    tile_segment<F, MaxRows, false, dense_least(MaxRows)>(
+        stream, x, [](int r) { return r; }, in.rows, partial[buffer][wave]);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i * kSegments < MaxRows; ++i) {
@@ -106,13 +110,15 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   stream.start();
   gpu::wait_for_previous();
   auto row_of = [](int r) { return r; };
-  ActRows x = {in.q + span.g0 * 32, in.scale + span.g0, gate.groups * 32, gate.groups};
-  if (gpu::kStaged && memory.acts > 0) x = stage_acts(memory.act_rows(lds, wave), in, span, row_of, rows, memory.acts);
+  InputRows x = {in.q + span.g0 * 32, in.scale + span.g0, gate.groups * 32, gate.groups};
+  if constexpr (gpu::kStaged) {
+    if (memory.acts > 0) x = stage_acts(memory.act_rows(lds, wave), in, span, row_of, rows, memory.acts);
+  }
   const int segments = segment_count(gate.groups);
   for (int tile = first; tile < tiles; tile += step) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      tile_segment<F, MaxRows, false>(stream, x, row_of, rows, sums[half][wave]);
+      tile_segment<F, MaxRows, false, dense_least(MaxRows)>(stream, x, row_of, rows, sums[half][wave]);
     }
     __syncthreads();
     for (int r = wave; r < rows; r += kSegments) {

@@ -45,7 +45,7 @@ __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows&
   for (int g = 0; g < kGroups; ++g) {
     if (!All && g >= groups) break;
     const typename F::Block block =
-        F::unpack(F::load(lds + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), gpu::lane()));
+        F::unpack(F::load(lds + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), 0, gpu::lane()));
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       const int4* q = reinterpret_cast<const int4*>(x.q + r * x.q_stride + g * 32);

@@ -19,23 +19,26 @@ __device__ inline uint32_t pack_bytes(int a, int b, int c, int d) {
          (static_cast<uint32_t>(c) & 255u) << 16 | static_cast<uint32_t>(d) << 24;
 }
 
+// The largest of eight lanes' values, none of them negative: their order is that of their bits.
+__device__ inline float largest_of_8(float v) {
+  return __uint_as_float(gpu::reduce<4>(__float_as_uint(v), [](uint32_t a, uint32_t b) { return max(a, b); }));
+}
+
 // v: elements 4 * (lane % 8) .. + 3 of the group at q. All lanes take part; write says which groups exist. Returns the
 // group's scale to each of its lanes.
 __device__ inline GroupScale quantize_quad(const float4& v, int8_t* q, bool write = true) {
-  float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
+  const float largest = largest_of_8(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
   const float inverse = steps_per_unit(largest);
   const uint32_t bytes = pack_bytes(quantize_one(v.x, inverse), quantize_one(v.y, inverse), quantize_one(v.z, inverse),
                                     quantize_one(v.w, inverse));
-  int sum = gpu::dot4(static_cast<int>(bytes), 0x01010101, 0);
-  for (int m = 4; m > 0; m >>= 1) sum += gpu::shuffle_xor(sum, m);
+  const int sum = gpu::reduce<4>(gpu::dot4(static_cast<int>(bytes), 0x01010101, 0), [](int a, int b) { return a + b; });
   if (write) reinterpret_cast<uint32_t*>(q)[gpu::lane() & 7] = bytes;
   return {largest / 127.0f, sum};
 }
 
 // The same with one value a lane: a wave makes a group. Its scale, the lane's number in *q.
 __device__ inline GroupScale quantize_lane(float v, int* q) {
-  const float largest = gpu::wave_max(fabsf(v));
+  const float largest = __uint_as_float(gpu::wave_most(__float_as_uint(fabsf(v))));
   *q = quantize_one(v, steps_per_unit(largest));
   return {largest / 127.0f, gpu::wave_sum(*q)};
 }

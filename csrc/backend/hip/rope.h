@@ -28,8 +28,7 @@ __device__ inline float4 store_kv_quad(const KvLayer& kv, void* base, int head, 
     return make_float4(gpu::half_to_float(h[0]), gpu::half_to_float(h[1]), gpu::half_to_float(h[2]),
                        gpu::half_to_float(h[3]));
   }
-  float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  for (int m = 4; m > 0; m >>= 1) largest = fmaxf(largest, gpu::shuffle_xor(largest, m));
+  const float largest = largest_of_8(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
   const uint16_t half = gpu::float_to_half(largest / 127.0f);
   const float d = gpu::half_to_float(half), inverse = d > 0.0f ? 1.0f / d : 0.0f;
   // The scale is rounded to f16, so values may lie beyond 127 of it.

@@ -155,8 +155,7 @@ __global__ void __launch_bounds__(kPartThreads) bin_by_logit_kernel(SampleArgs a
 }
 
 __device__ inline u64 wave_sum(u64 v) {
-  for (int m = gpu::kWave / 2; m > 0; m >>= 1) v += gpu::shuffle_xor(v, m);
-  return v;
+  return gpu::reduce(v, [](u64 a, u64 b) { return a + b; });
 }
 
 // A wave sums a bin of consecutive ids.
@@ -293,11 +292,8 @@ __device__ int find(const SampleArgs& a, int64_t row, float top, bool by_count, 
       least = place < least ? place : least;
       most = max_u64(most, place);
     });
-    for (int m = gpu::kWave / 2; m > 0; m >>= 1) {
-      const u64 other = gpu::shuffle_xor(least, m);
-      least = other < least ? other : least;
-      most = max_u64(most, gpu::shuffle_xor(most, m));
-    }
+    least = gpu::reduce(least, [](u64 a, u64 b) { return b < a ? b : a; });
+    most = gpu::reduce(most, [](u64 a, u64 b) { return max_u64(a, b); });
     __syncthreads();
     if (t == 0) {
       s.low = ~u64{0};

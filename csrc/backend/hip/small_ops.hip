@@ -91,12 +91,12 @@ __device__ inline Best merge(const Best& a, const Best& b) {
   return r;
 }
 
+template <int Mask = gpu::kWave / 2>
 __device__ inline Best wave_merge(Best v) {
-  for (int m = gpu::kWave / 2; m > 0; m >>= 1) {
-    const Best other = {gpu::shuffle_xor(v.first, m), gpu::shuffle_xor(v.second, m), gpu::shuffle_xor(v.id, m),
-                        gpu::shuffle_xor(v.sum, m)};
-    v = (gpu::lane() & m) == 0 ? merge(v, other) : merge(other, v);
-  }
+  const Best other = {gpu::shuffle_xor<Mask>(v.first), gpu::shuffle_xor<Mask>(v.second), gpu::shuffle_xor<Mask>(v.id),
+                      gpu::shuffle_xor<Mask>(v.sum)};
+  v = (gpu::lane() & Mask) == 0 ? merge(v, other) : merge(other, v);
+  if constexpr (Mask > 1) v = wave_merge<Mask / 2>(v);
   return v;
 }
 

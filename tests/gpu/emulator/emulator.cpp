@@ -362,7 +362,7 @@ hipError_t hipDeviceGetName(char* name, int n, hipDevice_t) {
 hipError_t hipDeviceGetAttribute(int* v, hipDeviceAttribute_t a, int) {
   switch (a) {
     case hipDeviceAttributeMultiprocessorCount:
-      *v = 40;
+      *v = 20;  // HIP counts work-group processors
       return hipSuccess;
     case hipDeviceAttributeIntegrated:
       *v = 1;

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <type_traits>
@@ -64,6 +65,12 @@ T shuffle(T v, int from) {
 }
 
 inline int lane() { return static_cast<int>(here->thread.x) % kWave; }
+
+inline int move_dpp(int v, int control) {
+  const int at = control & 15;
+  if ((control & ~15) != 0x160 && (control & ~15) != 0x150) std::abort();
+  return shuffle(v, (control & ~15) == 0x160 ? lane() ^ at : (lane() & ~15) | at);
+}
 
 // Runs the kernel's blocks; while a stream records, notes them down instead.
 void launch(hipStream_t stream, dim3 blocks, dim3 threads, size_t shared, std::function<void()> kernel);
@@ -194,6 +201,7 @@ inline uint64_t __ballot(int v) {
 inline int __any(int v) { return __ballot(v) != 0; }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
+inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
 inline uint32_t __float_as_uint(float v) { return __builtin_bit_cast(uint32_t, v); }
 inline float __uint_as_float(uint32_t v) { return __builtin_bit_cast(float, v); }
 inline float __int_as_float(int v) { return __builtin_bit_cast(float, v); }
@@ -234,6 +242,11 @@ std::common_type_t<T, U> max(T a, U b) {
 #define __builtin_amdgcn_wave_barrier() ::emulator::wave_barrier()
 #define __builtin_amdgcn_sched_barrier(mask) ((void)0)
 #define __builtin_amdgcn_readfirstlane(v) (v)  // asked of values that are the same in all lanes
+// Of the lane moves row_xmask, row_share, and halves of 16 exchanged.
+#define __builtin_amdgcn_update_dpp(old, v, control, rows, banks, bound) ::emulator::move_dpp(v, control)
+#define __builtin_amdgcn_permlanex16(old, v, low, high, inactive, bound) \
+  ::emulator::shuffle(v, ::emulator::lane() ^ 16)
+#define __builtin_amdgcn_readlane(v, from) ::emulator::shuffle(v, from)
 #define __builtin_amdgcn_sudot4(as, a, bs, b, c, clamp) ::emulator::dot4(as, a, bs, b, c)
 #define __builtin_amdgcn_perm(a, b, pick) ::emulator::permute(a, b, pick)
 #define __builtin_amdgcn_exp2f(v) ::exp2f(v)
