@@ -38,8 +38,7 @@ struct Tasks {
   }
 };
 
-template <typename F>
-constexpr int kQueueSlots = 1;
+constexpr int kQueueSlots = 1;  // chunks of weights a wave has under way or at hand
 constexpr int kRows = 2;
 
 // The words of a row's activations, a wave's segment of them: int8 and, behind, the scales.
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(kQueueThreads, 1)
   __shared__ Task queue[kQueue];
   __shared__ uint32_t launch;  // its number
   __shared__ int turn;         // launches of this kernel take turns with two counters
-  constexpr int kSlots = kQueueSlots<F>;
+  constexpr int kSlots = kQueueSlots;
   const int wave = gpu::wave(), lane = gpu::lane(), half = wave / kSegments, segment = wave % kSegments;
   const int rows = choice.rows, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const bool numbers = threadIdx.x == kQueueThreads - 1;
@@ -301,7 +300,7 @@ size_t queue_memory(QueueMemory& m, int rows, int in_groups, int ff_groups) {
   const int in = segment_groups(in_groups), ff = segment_groups(ff_groups);
   m.slot_bytes = Slot<F, 0>::kBytes + rows * word_bytes(ff);
   m.act_bytes = (rows * (in > ff ? act_bytes(in) : act_bytes(ff)) + 15) / 16 * 16;
-  return kQueueWaves * static_cast<size_t>(m.wave_bytes(kQueueSlots<F>));
+  return kQueueWaves * static_cast<size_t>(m.wave_bytes(kQueueSlots));
 }
 
 }  // namespace
