@@ -382,6 +382,7 @@ void test_experts(Backend& b, std::mt19937& rng) {
       {DType::Q4_0, DType::Q4_0, 16, 4, 128, 64, 200, 0},
       {DType::Q4_0, DType::Q4_0, 32, 8, 1024, 512, 140, 0},
       {DType::Q4_0, DType::Q4_0, 32, 2, 416, 96, 140, 1},
+      {DType::Q4_0, DType::Q4_0, 32, 8, 544, 2048, 20, 0},  // more tiles than all blocks begin with
       {DType::Q4_1, DType::Q4_1, 24, 3, 256, 160, 140, 0},
       {DType::Q8_0, DType::Q8_0, 24, 8, 256, 160, 140, 0},
       {DType::Q4_0, DType::Q8_0, 256, 8, 128, 64, 140, 0},

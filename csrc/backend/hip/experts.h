@@ -8,7 +8,7 @@ namespace dflash::hip {
 
 class Experts {
  public:
-  // On the device: distinct [1], the sum of distinct experts over all calls; launch [2], zero at first.
+  // On the device: distinct [1], the sum of distinct experts over all calls; launch [5], zero at first.
   Experts(gpu::Stream stream, Workspace& workspace, int* distinct, int* launch)
       : stream_(stream), work_(workspace), distinct_(distinct), launch_(launch) {}
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "backend/hip/expert_words.h"
-#include "backend/hip/group_few.h"
+#include "backend/hip/select_sorted.h"
 #include "backend/hip/task_stream.h"
 
 namespace dflash::hip {
@@ -136,15 +136,16 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   __shared__ Batch batches[2];  // taken in turn
   __shared__ uint32_t launch;   // its number
   const int wave = gpu::wave(), thread = static_cast<int>(threadIdx.x), rows = choice.rows;
-  const float bias0 = first_bias(choice);
+  RowChoice<MaxRows> chooser(choice);
   gpu::wait_only();
+  chooser.load();
   const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
   // Few before the weights, which would be in their way; many would hold the weights up.
   constexpr bool kEarly = MaxRows <= 4;
   ActRows acts;
   if (kEarly) acts = begin_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
   const uint32_t launch0 = thread == 0 ? launch_number(words) : 0;
-  group_few(choice, bias0, reinterpret_cast<uint32_t*>(&sums[0][0][0]), g);
+  chooser.group(g);
   const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
   using Tasks = Segments<F, Grouping<MaxRows>>;
   TaskStream<F, kStreamSlots<F>, Tasks> stream(memory.ring(lds, wave), Tasks(w, g, work, in, ff));
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     if (blockIdx.x == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, g.items);
   }
   if (!kEarly) acts = stage_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
-  weigh_few(choice, g);  // both are read after a barrier
+  chooser.weigh(g);  // both are read after a barrier
 
   stream.expect(in.g1 - in.g0);
   int k = 0, buffer = 0;

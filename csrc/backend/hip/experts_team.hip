@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "backend/hip/choose.h"
 #include "backend/hip/expert_words.h"
+#include "backend/hip/select_sorted.h"
 #include "backend/hip/task_stream.h"
 
 namespace dflash::hip {
@@ -50,74 +50,6 @@ struct TeamTasks {
     return true;
   }
 };
-
-// A lane's experts l, l + 32, ... in descending order of their keys, ties to the lowest id.
-struct LaneExperts {
-  uint32_t key[kExpertsPerLane];
-  int id[kExpertsPerLane];
-
-  __device__ explicit LaneExperts(const uint32_t (&keys)[kExpertsPerLane]) {
-#pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
-      key[i] = keys[i];
-      id[i] = i * gpu::kWave + gpu::lane();
-    }
-    static_assert(kExpertsPerLane == 8, "Batcher's network for eight");
-    order(0, 1), order(2, 3), order(4, 5), order(6, 7);
-    order(0, 2), order(1, 3), order(4, 6), order(5, 7);
-    order(1, 2), order(5, 6);
-    order(0, 4), order(1, 5), order(2, 6), order(3, 7);
-    order(2, 4), order(3, 5);
-    order(1, 2), order(3, 4), order(5, 6);
-  }
-
-  __device__ inline void drop_first(bool really) {
-#pragma unroll
-    for (int i = 0; i + 1 < kExpertsPerLane; ++i) {
-      key[i] = really ? key[i + 1] : key[i];
-      id[i] = really ? id[i + 1] : id[i];
-    }
-    if (really) key[kExpertsPerLane - 1] = 0;
-  }
-
- private:
-  __device__ inline void order(int a, int b) {
-    const bool swap = key[b] > key[a] || (key[b] == key[a] && id[b] < id[a]);
-    const uint32_t k = key[a];
-    const int i = id[a];
-    key[a] = swap ? key[b] : k;
-    id[a] = swap ? id[b] : i;
-    key[b] = swap ? k : key[b];
-    id[b] = swap ? i : id[b];
-  }
-};
-
-// A wave: the experts of slots [first, end), in descending order (as select_experts, but the lists are sorted once);
-// lane i ends with slot i and keeps `mine` for earlier ones. Those chosen leave the lists.
-[[maybe_unused]] __device__ inline int select_sorted(LaneExperts& list, int end, int first = 0, int mine = 0) {
-  for (int slot = first; slot < end; ++slot) {
-    const uint32_t most = gpu::wave_most(list.key[0]);
-    uint32_t lanes = gpu::ballot(list.key[0] == most);
-    if ((lanes & (lanes - 1)) != 0) {  // equal keys: the lowest id
-      const uint32_t most_left =
-          gpu::wave_most(list.key[0] == most ? static_cast<uint32_t>(kMaxExperts - list.id[0]) : 0u);
-      lanes = gpu::ballot(list.key[0] == most && static_cast<uint32_t>(kMaxExperts - list.id[0]) == most_left);
-    }
-    const int id = gpu::shuffle(list.id[0], __ffs(static_cast<int>(lanes)) - 1);
-    list.drop_first((lanes >> gpu::lane() & 1u) != 0);
-    if (gpu::lane() == slot) mine = id;
-  }
-  return mine;
-}
-
-// values [n_expert] or null
-[[maybe_unused]] __device__ inline void load_experts(const float* values, int n_expert, float (&to)[kExpertsPerLane]) {
-#pragma unroll
-  for (int i = 0; i < kExpertsPerLane; ++i) {
-    const int e = gpu::lane() + i * gpu::kWave;
-    to[i] = values != nullptr && e < n_expert ? gpu::load_fresh(values + e) : 0.0f;
-  }
-}
 
 // out [n_out]. 96 registers: a block of the next kernel (256 threads of 64) finds room beside it, but no second block
 // of a team.

@@ -26,6 +26,39 @@ __device__ inline float first_bias(const FewChoice& c) {
   return c.bias != nullptr ? c.bias[e] : 0.0f;
 }
 
+// The pairs grouped by the experts chosen, by all threads of a block.
+template <int MaxRows>
+__device__ inline void group_pairs(int rows, int top_k, Grouping<MaxRows>& g) {
+  const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x), n = rows * top_k;
+  for (int p = t; p < n; p += threads) {
+    const int expert = g.chosen[p];
+    int leader = p;
+#pragma unroll 8
+    for (int q = n - 1; q >= 0; --q) leader = g.chosen[q] == expert ? q : leader;
+    g.leader[p] = static_cast<int16_t>(leader);
+  }
+  __syncthreads();
+  for (int p = t; p < n; p += threads) {
+    const int leader = g.leader[p];
+    int at = 0, item = 0, count = 0;
+    for (int q = 0; q < n; ++q) {
+      const int l = g.leader[q];
+      at += l < leader || (l == leader && q < p);
+      item += q < leader && l == q;
+      count += l == leader;
+    }
+    g.pairs[at] = static_cast<int16_t>(p);
+    g.rows[at] = static_cast<int16_t>(p / top_k);
+    if (leader == p) {
+      g.expert[item] = g.chosen[p];
+      g.first[item] = static_cast<int16_t>(at);
+      g.count[item] = static_cast<int16_t>(count);
+    }
+    if (at + 1 == n) g.items = item + 1;  // the last place belongs to the last item
+  }
+  __syncthreads();
+}
+
 // keys: MaxRows * 256 words of shared memory.
 template <int MaxRows>
 __device__ inline void group_few(const FewChoice& c, float bias0, uint32_t* keys, Grouping<MaxRows>& g) {
@@ -70,32 +103,7 @@ __device__ inline void group_few(const FewChoice& c, float bias0, uint32_t* keys
   }
   __syncthreads();
   if (MaxRows == 1 || c.rows == 1) return;
-  const int n = c.rows * c.top_k;
-  for (int p = t; p < n; p += threads) {
-    int q = 0;
-    while (g.chosen[q] != g.chosen[p]) ++q;
-    g.leader[p] = static_cast<int16_t>(q);
-  }
-  __syncthreads();
-  for (int p = t; p < n; p += threads) {
-    const int leader = g.leader[p];
-    int at = 0, item = 0, count = 0;
-    for (int q = 0; q < n; ++q) {
-      const int l = g.leader[q];
-      at += l < leader || (l == leader && q < p);
-      item += q < leader && l == q;
-      count += l == leader;
-    }
-    g.pairs[at] = static_cast<int16_t>(p);
-    g.rows[at] = static_cast<int16_t>(p / c.top_k);
-    if (leader == p) {
-      g.expert[item] = g.chosen[p];
-      g.first[item] = static_cast<int16_t>(at);
-      g.count[item] = static_cast<int16_t>(count);
-    }
-    if (at + 1 == n) g.items = item + 1;  // the last place belongs to the last item
-  }
-  __syncthreads();
+  group_pairs(c.rows, c.top_k, g);
 }
 
 // The weights of the experts chosen, a wave a row.

@@ -305,7 +305,7 @@ class HipBackend final : public Backend {
  private:
   // position; distinct, then results, which are read back with it; attention's
   static constexpr int kResultRows = 256, kResults = kResultRows * static_cast<int>(sizeof(Top1) / sizeof(int));
-  static constexpr int kCounters = 2 + kResults + kAttentionCounters + 2;
+  static constexpr int kCounters = 2 + kResults + kAttentionCounters + 5;
 
   struct Recording {
     bool warm = false;

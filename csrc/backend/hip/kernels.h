@@ -99,13 +99,13 @@ void launch_gate_up_few(gpu::Stream s, DType type, const TiledWeight& gate, cons
 // x[row] += sum over slots, in order, of weight * down act[pair].  x [rows, n_embd]
 void launch_down_few(gpu::Stream s, DType type, const TiledWeight& down, QuantRows act, const FewChoice& c, float* x);
 
-// experts_stream.hip. Both in one launch, on NVIDIA and for 2 to kStreamRows rows.
+// experts_stream.hip. Both in one launch, on NVIDIA and for 3 to kStreamRows rows.
 inline constexpr int kStreamRows = 8;
 struct ExpertWords {          // what blocks leave for each other, see gpu::post
   uint64_t* q = nullptr;      // [pairs, n_ff / 4] int8 of the activations
   uint64_t* scale = nullptr;  // [pairs, n_ff / 32, 2] d and sum of their groups
   uint64_t* y = nullptr;      // [pairs, n_embd in whole tiles] f32 outputs of each expert
-  int* launch = nullptr;      // [2] launches so far, blocks of this one that know it
+  int* launch = nullptr;      // [5] launches so far, blocks of this one that know it; experts_queue's turn and counters
 };
 size_t expert_words_bytes(int pairs, int64_t n_ff, int64_t n_embd);
 bool experts_one_launch(int rows, DType gate_up, DType down);
@@ -113,6 +113,10 @@ bool experts_one_launch(int rows, DType gate_up, DType down);
 bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
                            const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                            float* out);
+// experts_queue.hip. The same for two rows.
+bool launch_experts_queue(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                          const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                          float* out);
 // experts_team.hip. The same for one row.
 bool launch_experts_team(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
                          const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
