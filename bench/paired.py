@@ -170,7 +170,9 @@ def main() -> None:
     args = parser.parse_args()
 
     def load(drafter: str | None) -> _core.Model:
-        return _core.Model(args.target, drafter, backend="cpu", n_threads=args.threads, cpu_isa=args.isa)
+        return _core.Model(
+            args.target, drafter, backend="cpu", n_threads=args.threads, cpu_isa=args.isa, draft_head="auto"
+        )
 
     names = args.arms.split(",")
     pair, alone = load(args.drafter), load(None) if "alone" in names else None
