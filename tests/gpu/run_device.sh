@@ -1,22 +1,44 @@
 #!/bin/bash
-# The whole GPU check on an NVIDIA machine: op tests, memory and race checker, the M2.7-shaped bench.
+# The whole GPU check on an NVIDIA machine: op tests, compute-sanitizer, the M2.7-shaped bench.
 # Build first (cmake -DDFLASH_GPU=cuda -DDFLASH_PYTHON=OFF -DDFLASH_TESTS=ON; targets gpu_test_ops, gpu_test_engine, gpu_step) into the
-# folder given as $1; $2: layers of the bench (62); $3: "check" adds compute-sanitizer.
+# folder given as $1; $2: layers of the bench (62; 0: none); $3: "check" adds compute-sanitizer.
 set -u
-engine=${1:-build/cuda}/csrc/gpu_test_engine
-build=${1:-build/cuda}/csrc/backend/hip
+build=${1:-build/cuda}
+export engine=$build/csrc/gpu_test_engine ops=$build/csrc/backend/hip/gpu_test_ops out=${OUT:-.}
 layers=${2:-62}
-out=${OUT:-.}
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-timeout 240 "$build/gpu_test_ops" 2>&1 | tee "$out/test_ops.log"
+timeout 240 "$ops" 2>&1 | tee "$out/test_ops.log"
 for part in sampling loading long lost; do
   timeout 120 "$engine" $part 2>&1 | tee "$out/test_$part.log"
 done
+
+# racecheck of one kernel alone: with all of them watched at once it takes hours, one by one a minute.
+sanitize() { # tool, part of the kernels' names ("-": all), program...
+  local tool=$1 kernel=$2 log=$out/$1.$2.$4.log
+  shift 2
+  local options=(--tool "$tool" --print-limit 20 --show-backtrace no)
+  [ "$kernel" = - ] || options+=(--kernel-name "kns=$kernel")
+  [ "$tool" != racecheck ] || options+=(--racecheck-report all)
+  [ "$tool" != memcheck ] || options+=(--report-api-errors no)  # the test asks for 64 TiB
+  [ "$tool" != synccheck ] || options+=(--num-cuda-barriers 100000)
+  timeout 150 compute-sanitizer "${options[@]}" "$@" > "$log" 2>&1
+  echo "$tool ${kernel/#-/all} ${*:2}: rc $? | $(grep 'SUMMARY' "$log" | head -1) | $(grep -v '=====' "$log" | tail -1)"
+}
 if [ "${3:-}" = check ]; then
-  for tool in memcheck racecheck; do
-    echo "== compute-sanitizer $tool"
-    timeout 150 compute-sanitizer --tool $tool "$build/gpu_test_ops" quick 2>&1 | tail -15 | tee "$out/$tool.log"
-    timeout 150 compute-sanitizer --tool $tool "$engine" sampling quick 2>&1 | tail -5 | tee "$out/$tool.sampling.log"
-  done
+  export -f sanitize
+  {
+    for kernel in experts_team experts_queue experts_stream group_kernel route_few router_kernel choose_kernel gate_up_few down_few \
+      gate_up_half gate_up_dense gate_up_many down_many add_experts float_gate_up float_down dense_routing; do
+      echo "racecheck $kernel $ops quick experts"
+    done
+    for kernel in attention_split attention_many; do echo "racecheck $kernel $ops quick attention"; done
+    for kernel in matmul_few matmul_half matmul_many float_matmul; do echo "racecheck $kernel $ops quick matmul"; done
+    for kernel in matmul_resident qkv_ norm_; do echo "racecheck $kernel $ops quick steps small"; done
+    for kernel in draw_token bin_by row_top top1_ edit_logits; do echo "racecheck $kernel $engine sampling quick"; done
+    for tool in memcheck synccheck; do
+      echo "$tool - $ops quick"
+      echo "$tool - $engine sampling quick"
+    done
+  } | xargs -P 12 -L 1 bash -c 'sanitize "$@"' _
 fi
-timeout 240 "$build/gpu_step" "$layers" 2>&1 | tee "$out/gpu_step.log"
+[ "$layers" = 0 ] || timeout 240 "$build/csrc/backend/hip/gpu_step" "$layers" 2>&1 | tee "$out/gpu_step.log"

@@ -184,6 +184,8 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     buffer = kBuffers - 1 - buffer;
   }
 
+  // A block without a tile of gate and up has not waited for its activations, whose place is needed now.
+  if (kEarly) gpu::copy_wait<kStreamSlots<F>>();
   stream.expect(ff.g1 - ff.g0);
   buffer = 0;
   const int64_t y_stride = static_cast<int64_t>(w.down.tiles) * kTile;
@@ -216,6 +218,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     buffer = 1 - buffer;
   }
   gpu::release_next();
+  if (work.count() == 0) __syncthreads();  // the launch's number, the weights of the experts
 
   // The outputs: the waves of all blocks take a tile of a row each, and add the experts in the row's own order.
   const int blocks = static_cast<int>(gridDim.x);
