@@ -236,7 +236,7 @@ class WideTile {
   __device__ inline void begin(int key0, int end) {
     if (threadIdx.x < kTiles) {
       gpu::barrier_init(full_ + threadIdx.x, Waves * gpu::kWave);
-      gpu::barrier_init(empty_ + threadIdx.x, Waves);
+      gpu::barrier_init(empty_ + threadIdx.x, Waves * gpu::kWave);
     }
     __syncthreads();
 #pragma unroll
@@ -289,7 +289,7 @@ class WideTile {
       gpu::barrier_arrive_copied(full_ + next_.tile);
     } else {
       gpu::products_see_copies();
-      gpu::barrier_arrive_thread(full_ + next_.tile);
+      gpu::barrier_arrive(full_ + next_.tile);
     }
     next_.next();
   }

@@ -223,7 +223,7 @@ __device__ inline void multiply_jobs(Job job, const HalfRows& x, uint8_t* stages
   uint64_t* empty = full + kMostStages;
   if (threadIdx.x < static_cast<unsigned>(n_stages)) {
     gpu::barrier_init(full + threadIdx.x, kProducerThreads);
-    gpu::barrier_init(empty + threadIdx.x, kManyWaves);
+    gpu::barrier_init(empty + threadIdx.x, kManyWaves * gpu::kWave);
   }
   __syncthreads();
   Ring ring = {stages, full, empty, n_stages};
