@@ -383,6 +383,8 @@ void test_experts(Backend& b, std::mt19937& rng) {
       {DType::Q4_0, DType::Q4_0, 32, 8, 1024, 512, 140, 0},
       {DType::Q4_0, DType::Q4_0, 32, 2, 416, 96, 140, 1},
       {DType::Q4_0, DType::Q4_0, 32, 8, 544, 2048, 20, 0},  // more tiles than all blocks begin with
+      {DType::Q4_0, DType::Q4_0, 4, 3, 4352, 96, 20, 0},    // more columns to a block than a tile has
+      {DType::Q4_0, DType::Q4_0, 4, 3, 64, 2720, 20, 0},    // segments of eleven groups
       {DType::Q4_1, DType::Q4_1, 24, 3, 256, 160, 140, 0},
       {DType::Q8_0, DType::Q8_0, 24, 8, 256, 160, 140, 0},
       {DType::Q4_0, DType::Q8_0, 256, 8, 128, 64, 140, 0},

@@ -50,6 +50,7 @@ class Scratch {
     kRouting,
     kPairOut,
     kExpertWords,
+    kRowWords,
     kPartials,
     kTop1,
     kSamplingInputs,

@@ -40,8 +40,10 @@ void Experts::moe(const Moe& m, int rows, float* x) {
   c.top_k = m.top_k;
   c.distinct = distinct_;
   if (experts_one_launch(rows, m.gate->type, m.down->type)) {
-    void* words = work_.zeroed(Scratch::kExpertWords, expert_words_bytes(rows * m.top_k, m.gate->n_out, n_embd));
-    const auto launch = rows == 1 ? launch_experts_team : rows == 2 ? launch_experts_queue : launch_experts_stream;
+    void* words = rows == 1
+                      ? work_.zeroed(Scratch::kRowWords, row_words_bytes(m.top_k, m.gate->n_out))
+                      : work_.zeroed(Scratch::kExpertWords, expert_words_bytes(rows * m.top_k, m.gate->n_out, n_embd));
+    const auto launch = rows == 1 ? launch_experts_row : rows == 2 ? launch_experts_queue : launch_experts_stream;
     if (launch(stream_, m.gate->type, tiled(*m.gate), tiled(*m.up), tiled(*m.down), work_.quant_rows(rows, n_embd), c,
                words, launch_, x)) {
       return;

@@ -89,6 +89,19 @@ struct Run {
     left = span.g1 - span.g0;
   }
 
+  // Up to kTile columns from `column` on (a multiple of 8), which may lie in two tiles, as one tile. Places past `end`
+  // repeat the last column, which costs no memory.
+  __device__ inline void set_columns(const TiledWeight& w, int expert, int column, int end, Span span) {
+    constexpr int kColumns = 8 / F::kHalves, kPieces = kTile / kColumns;  // of 16 bytes of scales
+    const int mine = min(column + gpu::lane(), end - 1);
+    const int first = min(column + gpu::lane() % kPieces * kColumns, end - kColumns);
+    quants = TileView<F>(w, expert, mine / kTile).group_quants(span.g0) + mine % kTile * 16;
+    scales = reinterpret_cast<const uint8_t*>(
+        TileView<F>(w, expert, first / kTile).group_scales(span.g0 + gpu::lane() / kPieces) +
+        first % kTile * F::kHalves);
+    left = span.g1 - span.g0;
+  }
+
   // Begins to copy the next chunk: quants to slot, scales to slot + Slot::kScales.
   __device__ inline void copy_chunk(uint8_t* slot) {
     constexpr int kPieces = F::kQuantBytes / (gpu::kWave * 16), kScaleBytes = kTile * F::kHalves * 2;

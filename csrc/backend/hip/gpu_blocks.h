@@ -62,6 +62,34 @@ __device__ inline uint64_t peek(const uint64_t* from) {
 #endif
 }
 
+// The same with twelve bytes of values to a word of 16, which arrives as a whole too (NVIDIA).
+__device__ inline void post([[maybe_unused]] uint4* to, [[maybe_unused]] uint32_t a, [[maybe_unused]] uint32_t b,
+                            [[maybe_unused]] uint32_t c, [[maybe_unused]] uint32_t launch) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{\n.reg .b64 lo, hi;\n.reg .b128 word;\n"
+      "mov.b64 lo, {%1, %2};\nmov.b64 hi, {%3, %4};\nmov.b128 word, {lo, hi};\n"
+      "st.relaxed.gpu.global.b128 [%0], word;\n}" ::"l"(to),
+      "r"(a), "r"(b), "r"(c), "r"(launch)
+      : "memory");
+#endif
+}
+
+__device__ inline uint4 peek([[maybe_unused]] const uint4* from) {
+  uint4 v = {};
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{\n.reg .b64 lo, hi;\n.reg .b128 word;\n"
+      "ld.relaxed.gpu.global.b128 word, [%4];\n"
+      "mov.b128 {lo, hi}, word;\nmov.b64 {%0, %1}, lo;\nmov.b64 {%2, %3}, hi;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from)
+      : "memory");
+#endif
+  return v;
+}
+
+__device__ inline bool posted(const uint4& word, uint32_t launch) { return word.w == launch; }
 __device__ inline bool posted(uint64_t word, uint32_t launch) { return static_cast<uint32_t>(word >> 32) == launch; }
 
 }  // namespace dflash::gpu

@@ -117,10 +117,12 @@ bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
 bool launch_experts_queue(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
                           const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
                           float* out);
-// experts_team.hip. The same for one row.
-bool launch_experts_team(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
-                         const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
-                         float* out);
+// experts_row.hip. The same for one row. memory: row_words_bytes, zero at first and used by no other kernel (its words
+// lie otherwise)
+size_t row_words_bytes(int top_k, int64_t n_ff);
+bool launch_experts_row(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                        const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                        float* out);
 
 // The same two for float weights and activations: act, y [pairs, n_embd] f32; any number of rows.
 void launch_float_gate_up(gpu::Stream s, const Weight& gate, const Weight& up, const float* h, const Routing& r,

@@ -10,6 +10,7 @@ struct LaneExperts {
   uint32_t key[kExpertsPerLane];
   int id[kExpertsPerLane];
 
+  LaneExperts() = default;
   __device__ explicit LaneExperts(const uint32_t (&keys)[kExpertsPerLane]) {
 #pragma unroll
     for (int i = 0; i < kExpertsPerLane; ++i) {

@@ -1,0 +1,275 @@
+// The experts of one row in one launch. Blocks take gate and up tiles of all experts in turn, expert after expert, then
+// each makes a few columns of down for all experts and adds these up itself: what blocks wait for is each other's
+// activations alone, and those of the first experts are there by then. All weights pass through one ring without a
+// pause. NVIDIA only.
+//
+// Blocks wait for each other, so all must be on the device at a time: no more are launched than multiprocessors.
+
+#include <algorithm>
+
+#include "backend/hip/expert_words.h"
+#include "backend/hip/select_sorted.h"
+#include "backend/hip/task_stream.h"
+
+namespace dflash::hip {
+
+namespace {
+
+constexpr int kRowWaves = 2 * kSegments, kRowThreads = kRowWaves * gpu::kWave;
+constexpr int kUnit = 8;        // columns of down are shared out by so many: their scales are 16 bytes
+constexpr int kGroupWords = 3;  // of a group of activations
+// Of a wave's ring, half of what experts_stream has: more copies under way keep the first ones from coming, and the
+// next kernel's find room.
+template <typename F>
+constexpr int kRowSlots = 6 / kChunk<F>;
+
+// What a block makes: pairs of a gate and an up tile first, first + step, ... of all experts; and of down columns
+// column .. end - 1, at most kTile at a time. Waves 0..7 make gate, 8..15 up; of down every other slot.
+struct Share {
+  int first, step, pairs;
+  int column, end;
+};
+
+// A wave's segment of its block's tiles.
+template <typename F>
+struct RowTasks {
+  const ExpertTiles& w;
+  const int* chosen;  // [top_k] experts, in shared memory
+  Span in, ff;
+  int half, top_k;
+  int pair, step, pairs;
+  int slot, column, end;
+
+  __device__ RowTasks(const ExpertTiles& tiles, const int* experts, const Share& share, int k, int h, Span input,
+                      Span inner)
+      : w(tiles),
+        chosen(experts),
+        in(input),
+        ff(inner),
+        half(h),
+        top_k(k),
+        pair(share.first),
+        step(share.step),
+        pairs(share.pairs),
+        slot(h),
+        column(share.column),
+        end(h < k ? share.end : 0) {}
+
+  __device__ inline bool next(Run<F>& run) {
+    if (pair < pairs) {
+      const int s = pair / w.gate.tiles;
+      run.set(TileView<F>(half == 0 ? w.gate : w.up, chosen[s], pair - s * w.gate.tiles), in);
+      pair += step;
+      return true;
+    }
+    if (column >= end) return false;
+    run.set_columns(w.down, chosen[slot], column, end, ff);
+    slot += 2;
+    if (slot >= top_k) {
+      slot = half;
+      column += kTile;
+    }
+    return true;
+  }
+};
+
+// A wave's segment of a slot's activations, from the words that blocks leave for each other.
+struct PostedActs {
+  const uint4* words;  // [groups of all slots, kGroupWords]
+  uint32_t launch;
+  uint4 asked = {};  // the lane's of the first ones
+
+  // By a wave, ahead of take(): groups first .. first + groups - 1.
+  __device__ inline void ask(int64_t first, int groups) {
+    if (gpu::lane() < at_a_time(groups)) asked = gpu::peek(words + first * kGroupWords + gpu::lane());
+  }
+
+  // To shared memory at lds, as soon as all are posted.
+  __device__ inline ActRows take(uint8_t* lds, int64_t first, int groups) {
+    const int lane = gpu::lane(), part = lane % kGroupWords;
+    uint32_t* const q = reinterpret_cast<uint32_t*>(lds);
+    GroupScale* const scale = reinterpret_cast<GroupScale*>(lds + act_stride(groups));
+    for (int g = 0; g < groups; g += kGroups) {
+      if (g > 0) ask(first + g, groups - g);
+      if (lane < at_a_time(groups - g)) {
+        const int group = g + lane / kGroupWords;
+        while (!gpu::posted(asked, launch)) asked = gpu::peek(words + (first + g) * kGroupWords + lane);
+        uint32_t* to = q + group * 8 + part * 3;
+        to[0] = asked.x;
+        to[1] = asked.y;
+        if (part < 2) to[2] = asked.z;
+        if (part == 2) scale[group].d = __uint_as_float(asked.z);
+      }
+    }
+    gpu::wave_sync();
+    for (int g = lane; g < groups; g += gpu::kWave) {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = gpu::dot4(static_cast<int>(q[g * 8 + i]), 0x01010101, sum);
+      scale[g].sum = sum;
+    }
+    gpu::wave_sync();
+    return {reinterpret_cast<const int8_t*>(q), scale, act_stride(groups), groups};
+  }
+
+ private:
+  static constexpr int kGroups = gpu::kWave / kGroupWords;
+  static __device__ inline int at_a_time(int groups) { return min(groups, kGroups) * kGroupWords; }
+};
+
+// A wave's values as an int8 group in kGroupWords words: of 36 bytes the last four are the scale. Readers add up the
+// values themselves.
+__device__ inline void post_group_words(float v, uint4* to, uint32_t launch) {
+  int i;
+  const GroupScale s = quantize_lane(v, &i);
+  const int lane = gpu::lane(), from = lane * 12;  // of three fours of values
+  uint32_t bytes = (static_cast<uint32_t>(i) & 255u) << (8 * (lane & 3));
+  bytes |= gpu::shuffle_xor<1>(bytes);
+  bytes |= gpu::shuffle_xor<2>(bytes);
+  const uint32_t a = gpu::shuffle(bytes, from % gpu::kWave), b = gpu::shuffle(bytes, (from + 4) % gpu::kWave);
+  const uint32_t c = gpu::shuffle(bytes, (from + 8) % gpu::kWave);
+  if (lane < kGroupWords) gpu::post(to + lane, a, b, lane == kGroupWords - 1 ? __float_as_uint(s.d) : c, launch);
+}
+
+// out [n_out]; per_block: columns of down. 96 registers: a block of the next kernel (256 threads of 64) finds room
+// beside it, but no second block of this one.
+template <typename F>
+__global__ void DFLASH_REGISTERS(96)
+    experts_row_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
+                       uint4* acts_words, int per_block, float* out) {
+  DFLASH_DYNAMIC_SHARED(lds);
+  __shared__ Partial<1> sums[2][2];      // of half a block's tiles; the first in turn
+  __shared__ float weights[gpu::kWave];  // of the slots
+  __shared__ uint32_t launch;            // its number
+  __shared__ int chosen[gpu::kWave];     // experts
+  constexpr int kSlots = kRowSlots<F>;
+  const int wave = gpu::wave(), lane = gpu::lane(), half = wave / kSegments, segment = wave % kSegments;
+  const int top_k = choice.top_k, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const Share share = {block, blocks, top_k * w.gate.tiles, block * per_block,
+                       min((block + 1) * per_block, w.down.tiles * kTile)};
+  const Span in = segment_span(segment, w.gate.groups), ff = segment_span(segment, w.down.groups);
+  Partial<1>* const down_sums = reinterpret_cast<Partial<1>*>(memory.ring(lds, kRowWaves));  // [top_k]
+  const bool chooses = wave == 0, numbers = threadIdx.x == kRowThreads - 1;
+  float bias[kExpertsPerLane] = {}, logit[kExpertsPerLane] = {};
+  if (chooses) load_experts(choice.bias, choice.n_expert, bias);
+  gpu::wait_only();
+  // One wave alone asks for them: all blocks want the same few lines of the L2.
+  if (chooses) load_experts(choice.logits, choice.n_expert, logit);
+  const uint32_t launch0 = numbers ? launch_number(words) : 0;
+  auto row0 = [](int) { return 0; };
+  // Before the weights, which would be in their way.
+  ActRows acts = begin_acts(memory.act_rows(lds, wave), x, in, row0, 1, 1);
+  LaneExperts list;
+  // The experts of the tiles that the ring begins with.
+  const int last = block + (kSlots - 1) * blocks;
+  const bool all_segments = segment_count(w.gate.groups) == kSegments;
+  const int soon = all_segments && last < share.pairs ? last / w.gate.tiles + 1 : top_k;
+  int mine = 0;
+  if (chooses) {
+    uint32_t key[kExpertsPerLane] = {};
+#pragma unroll
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      if (lane + i * gpu::kWave < choice.n_expert) key[i] = choice_key(logit[i], bias[i]);
+    }
+    list = LaneExperts(key);
+    mine = select_sorted(list, soon);
+    if (lane < soon) chosen[lane] = mine;
+  }
+  __syncthreads();
+  TaskStream<F, kSlots, RowTasks<F>> stream(memory.ring(lds, wave), {w, chosen, share, top_k, half, in, ff});
+  stream.start();
+  if (chooses) {
+    mine = select_sorted(list, top_k, soon, mine);
+    if (lane < top_k) chosen[lane] = mine;
+    weights[lane] = chosen_weight(logit, mine, top_k);
+  }
+  if (numbers) {
+    launch = launch0;  // the same
+    note_launch(words, launch0);
+    if (block == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, top_k);
+  }
+  __syncthreads();
+
+  stream.expect(in.g1 - in.g0);
+  int segments = segment_count(w.gate.groups), made = 0;
+#pragma unroll 1
+  for (int pair = share.first; pair < share.pairs; pair += share.step, ++made) {
+    auto& buffer = sums[made % 2];
+    tile_segment<F, 1, false>(stream, acts, row0, 1, buffer[half][segment]);
+    __syncthreads();
+    if (wave == made % kRowWaves) {
+      const float gate = add_segments<1>(buffer[0], segments, 0, lane);
+      const float up = add_segments<1>(buffer[1], segments, 0, lane);
+      post_group_words(swiglu(gate, up), acts_words + static_cast<int64_t>(pair) * kGroupWords, launch);
+    }
+  }
+  gpu::copy_wait<kSlots>();  // a block without a pair has not waited for the row, whose place is needed now
+  const int groups = ff.g1 - ff.g0;
+  stream.expect(groups);
+  segments = segment_count(w.down.groups);
+  PostedActs posted{acts_words, launch};
+  auto first_group = [&](int slot) { return static_cast<int64_t>(slot) * w.down.groups + ff.g0; };
+#pragma unroll 1
+  for (int column0 = share.column; column0 < share.end; column0 += kTile) {
+    const int column = column0 + lane;
+    const bool writes = wave == 0 && column < share.end && column < w.down.n_out;
+    const float before = writes ? out[column] : 0.0f;
+    if (half < top_k) posted.ask(first_group(half), groups);
+#pragma unroll 1
+    for (int slot = half; slot < top_k; slot += 2) {
+      acts = posted.take(memory.act_rows(lds, wave), first_group(slot), groups);
+      if (slot + 2 < top_k) posted.ask(first_group(slot + 2), groups);
+      tile_segment<F, 1, false>(stream, acts, row0, 1, down_sums[slot][segment]);
+      if (slot + 6 >= top_k && column0 + kTile >= share.end) gpu::release_next();  // most weights are on their way
+    }
+    __syncthreads();
+    for (int slot = wave; slot < top_k; slot += kRowWaves) {
+      float* const sum = down_sums[slot][0][0] + lane;  // in place of its first segment's
+      *sum = add_segments<1>(down_sums[slot], segments, 0, lane);
+    }
+    __syncthreads();
+    if (wave == 0) {
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int slot = 0; slot < top_k; ++slot) sum = fmaf(weights[slot], down_sums[slot][0][0][lane], sum);
+      if (writes) out[column] = before + sum;
+    }
+    if (column0 + kTile < share.end) __syncthreads();
+  }
+}
+
+}  // namespace
+
+size_t row_words_bytes(int top_k, int64_t n_ff) {
+  return static_cast<size_t>(top_k * ((n_ff + kTile - 1) / kTile) * kGroupWords) * sizeof(uint4);
+}
+
+bool launch_experts_row(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up,
+                        const TiledWeight& down, QuantRows x, const FewChoice& c, void* memory, int* launch,
+                        float* out) {
+  bool fits = false;
+  with_format(type, [&](auto format) {
+    if constexpr (gpu::kStaged) {
+      using F = decltype(format);
+      WaveMemory shape;
+      shape.ring_bytes = kRowSlots<F> * Slot<F, 0>::kBytes;
+      shape.segment = std::max(segment_groups(gate.groups), segment_groups(down.groups));
+      shape.acts = 1;
+      const size_t shared =
+          kRowWaves * static_cast<size_t>(shape.wave_bytes()) + static_cast<size_t>(c.top_k) * sizeof(Partial<1>);
+      const auto kernel = experts_row_kernel<F>;
+      fits = c.rows == 1 && c.top_k <= gpu::kWave && gpu::blocks_that_fit(kernel, kRowThreads, shared) > 0;
+      if (!fits) return;
+      const ExpertTiles w = {gate, up, down};
+      ExpertWords words;
+      words.launch = launch;
+      const int columns = down.tiles * kTile, units = columns / kUnit;
+      const int per_block = (units + gpu::compute_units() - 1) / gpu::compute_units() * kUnit;
+      gpu::launch_shared(s, dim3(static_cast<unsigned>((columns + per_block - 1) / per_block)), kRowThreads, shared,
+                         kernel, w, x, c, shape, words, static_cast<uint4*>(memory), per_block, out);
+    }
+  });
+  return fits;
+}
+
+}  // namespace dflash::hip
