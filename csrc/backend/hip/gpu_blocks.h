@@ -72,6 +72,8 @@ __device__ inline void post([[maybe_unused]] uint4* to, [[maybe_unused]] uint32_
       "st.relaxed.gpu.global.b128 [%0], word;\n}" ::"l"(to),
       "r"(a), "r"(b), "r"(c), "r"(launch)
       : "memory");
+#elif defined(DFLASH_EMULATE_STAGED)
+  emulator::store(to, a, b, c, launch);
 #endif
 }
 
@@ -85,6 +87,8 @@ __device__ inline uint4 peek([[maybe_unused]] const uint4* from) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(from)
       : "memory");
+#elif defined(DFLASH_EMULATE_STAGED)
+  v = emulator::load(from);
 #endif
   return v;
 }

@@ -7,7 +7,7 @@
 
 namespace dflash::gpu {
 
-#if defined(DFLASH_GPU_HIP)
+#if defined(DFLASH_GPU_HIP) && !defined(DFLASH_EMULATE_STAGED)  // which the emulator defines to run NVIDIA's way
 inline constexpr bool kStaged = false;
 inline constexpr bool kTakeIn = false;  // attention takes q, k, v in: there the scalar registers do not suffice
 inline constexpr size_t kSharedMost = size_t{64} << 10;  // shared memory a block may ask for
@@ -64,6 +64,8 @@ __device__ inline void copy_begin([[maybe_unused]] void* to, [[maybe_unused]] co
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
   }
+#elif defined(DFLASH_EMULATE_STAGED)
+  emulator::copy_begin(to, from, N);
 #endif
 }
 
@@ -71,6 +73,8 @@ __device__ inline void copy_begin([[maybe_unused]] void* to, [[maybe_unused]] co
 __device__ inline void copy_commit() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(DFLASH_EMULATE_STAGED)
+  emulator::copy_commit();
 #endif
 }
 
@@ -80,6 +84,9 @@ __device__ inline void copy_wait() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
   __syncwarp();
+#elif defined(DFLASH_EMULATE_STAGED)
+  emulator::copy_wait(Later);
+  emulator::wave_barrier();
 #endif
 }
 

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -48,13 +49,22 @@ struct Wave {
   alignas(64) uint8_t passed[2][kWave * 64];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   Lane lane;
   boost::context::fiber body, scheduler;
   Barrier* waits_at = nullptr;
   uint64_t waits_for = 0;  // times of the barrier
   int exchanges = 0;
+  int yields = 0;
   bool done = false;
+  std::vector<Copy> begun;                // copies that are no batch yet
+  std::deque<std::vector<Copy>> batches;  // under way
 
   bool ready() const { return !done && (waits_at == nullptr || waits_at->times != waits_for); }
 };
@@ -98,6 +108,17 @@ struct Launch {
   std::function<void()> kernel;
 };
 
+#if defined(DFLASH_EMULATE_STAGED)
+// Blocks wait for each other, so as many run at a time as one of these launches has.
+constexpr int kUnits = 6;
+constexpr unsigned kLeastThreads = kUnits;
+#else
+constexpr int kUnits = 40;
+constexpr unsigned kLeastThreads = 1;
+#endif
+constexpr int kTurns = 64;
+constexpr int kPatience = 1 << 22;
+
 // Runs blocks, one after the other.
 class Multiprocessor {
  public:
@@ -120,6 +141,9 @@ class Multiprocessor {
       f.waits_at = nullptr;
       f.done = false;
       f.exchanges = 0;
+      f.yields = 0;
+      f.begun.clear();
+      f.batches.clear();
       f.body = boost::context::fiber(std::allocator_arg, StackSource{&stacks_}, [&f, &launch](auto&& scheduler) {
         f.scheduler = std::move(scheduler);
         launch.kernel();
@@ -130,9 +154,11 @@ class Multiprocessor {
     int left = threads;
     while (left > 0) {
       bool moved = false;
-      for (int w = 0; w < n_waves; ++w) {
-        // a wave goes on by itself until all of it waits for others
-        for (bool wave_moved = true; wave_moved;) {
+      for (int i = 0; i < n_waves; ++i) {
+        const int w = block.x % 2 == 0 ? i : n_waves - 1 - i;  // whoever counts on an order is wrong in one of them
+        // a wave goes on by itself until all of it waits for others (or asks again and again what another block did)
+        bool wave_moved = true;
+        for (int turn = 0; wave_moved && turn < kTurns; ++turn) {
           wave_moved = false;
           for (int t = w * kWave; t < std::min(threads, (w + 1) * kWave); ++t) {
             Fiber& f = fibers_[static_cast<size_t>(t)];
@@ -155,6 +181,12 @@ class Multiprocessor {
       if (!moved) die("lanes wait for each other at different places");
     }
     here = nullptr;
+  }
+
+  void yield() {
+    if (++current_->yields > kPatience) die("a lane waits in vain for another block");
+    current_->waits_at = nullptr;
+    current_->scheduler = std::move(current_->scheduler).resume();
   }
 
   void wait(Barrier& b) {
@@ -185,11 +217,11 @@ Multiprocessor& multiprocessor() {
   return m;
 }
 
-// As many blocks at a time as the CPU has threads.
+// As many blocks at a time as the CPU has threads (or as wait for each other).
 class Device {
  public:
   Device() {
-    const unsigned n = std::max(1u, std::thread::hardware_concurrency());
+    const unsigned n = std::max(kLeastThreads, std::thread::hardware_concurrency());
     for (unsigned i = 1; i < n; ++i) helpers_.emplace_back([this] { help(); });
   }
   ~Device() {
@@ -315,6 +347,26 @@ void block_barrier() {
   m.wait(m.barrier_);
 }
 
+void yield() { multiprocessor().yield(); }
+
+void copy_begin(void* to, const void* from, int bytes) {
+  multiprocessor().current_->begun.push_back({to, from, bytes});
+}
+
+void copy_commit() {
+  Fiber& f = *multiprocessor().current_;
+  f.batches.push_back(std::move(f.begun));
+  f.begun.clear();
+}
+
+void copy_wait(int later) {
+  Fiber& f = *multiprocessor().current_;
+  while (static_cast<int>(f.batches.size()) > later) {
+    for (const Copy& c : f.batches.front()) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+    f.batches.pop_front();
+  }
+}
+
 void wave_barrier() { multiprocessor().wait(static_cast<Wave*>(here->wave)->barrier); }
 
 const uint8_t* exchange(const void* from, size_t bytes, uint32_t* lanes) {
@@ -362,7 +414,7 @@ hipError_t hipDeviceGetName(char* name, int n, hipDevice_t) {
 hipError_t hipDeviceGetAttribute(int* v, hipDeviceAttribute_t a, int) {
   switch (a) {
     case hipDeviceAttributeMultiprocessorCount:
-      *v = 20;  // HIP counts work-group processors
+      *v = kUnits / 2;  // HIP counts work-group processors
       return hipSuccess;
     case hipDeviceAttributeIntegrated:
       *v = 1;
@@ -379,6 +431,10 @@ hipError_t hipDeviceGetAttribute(int* v, hipDeviceAttribute_t a, int) {
 }
 hipError_t hipFuncGetAttributes(hipFuncAttributes* a, const void*) {
   *a = {};
+  return hipSuccess;
+}
+hipError_t hipOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void*, int, size_t) {
+  *n = 1;
   return hipSuccess;
 }
 hipError_t hipDeviceSynchronize() { return hipSuccess; }

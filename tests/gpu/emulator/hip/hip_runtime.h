@@ -47,6 +47,12 @@ extern thread_local Lane* here;
 
 void block_barrier();
 void wave_barrier();
+void yield();  // to the other lanes, by one that waits for another block
+
+// NVIDIA's copies to shared memory: they come as late as they may, when a lane waits for them.
+void copy_begin(void* to, const void* from, int bytes);
+void copy_commit();
+void copy_wait(int later);
 
 // What the lanes of a wave hand to each other: `bytes` from every lane of `from` (at most 64), all of them at the
 // result, 64 bytes apart. Valid until the next but one. lanes: those that took part.
@@ -244,8 +250,7 @@ std::common_type_t<T, U> max(T a, U b) {
 #define __builtin_amdgcn_readfirstlane(v) (v)  // asked of values that are the same in all lanes
 // Of the lane moves row_xmask, row_share, and halves of 16 exchanged.
 #define __builtin_amdgcn_update_dpp(old, v, control, rows, banks, bound) ::emulator::move_dpp(v, control)
-#define __builtin_amdgcn_permlanex16(old, v, low, high, inactive, bound) \
-  ::emulator::shuffle(v, ::emulator::lane() ^ 16)
+#define __builtin_amdgcn_permlanex16(old, v, low, high, inactive, bound) ::emulator::shuffle(v, ::emulator::lane() ^ 16)
 #define __builtin_amdgcn_readlane(v, from) ::emulator::shuffle(v, from)
 #define __builtin_amdgcn_sudot4(as, a, bs, b, c, clamp) ::emulator::dot4(as, a, bs, b, c)
 #define __builtin_amdgcn_perm(a, b, pick) ::emulator::permute(a, b, pick)
@@ -262,8 +267,20 @@ std::common_type_t<T, U> max(T a, U b) {
 namespace emulator {
 template <typename T>
 T load(const T* p) {
+  yield();
   T v;
   __atomic_load(p, &v, __ATOMIC_SEQ_CST);
   return v;
+}
+// A word of 16 bytes whose last four say that all are there.
+inline uint4 load(const uint4* p) {
+  const uint32_t* const from = reinterpret_cast<const uint32_t*>(p);
+  const uint32_t last = load(from + 3);
+  return uint4{from[0], from[1], from[2], last};
+}
+inline void store(uint4* p, uint32_t a, uint32_t b, uint32_t c, uint32_t last) {
+  uint32_t* const to = reinterpret_cast<uint32_t*>(p);
+  to[0] = a, to[1] = b, to[2] = c;
+  __atomic_store_n(to + 3, last, __ATOMIC_SEQ_CST);
 }
 }  // namespace emulator
