@@ -50,6 +50,7 @@ def plan_target(table: TensorTable, config: Config, options: Options) -> Plan:
     _check_architecture(config)
     tensors = _plan_tensors(table, config, options)
     table.check_all_used()
+    check_zero_points(config, tensors)
     directory = table.checkpoint.directory
     vocab = load_vocab(directory, config.integer("vocab_size", 1, MAX_VOCAB))
     meta = Metadata()
@@ -92,6 +93,20 @@ def check_quantization(config: Config) -> None:
             _expect(weights, "actorder", ("weight", "static", False, None), way_out)
     else:
         raise quant.error("quant_method", "'compressed-tensors' or 'awq'", way_out)
+
+
+def check_zero_points(config: Config, tensors: list[PlannedTensor]) -> None:
+    """Raise `ConvertError` for a packed weight without zero points where every scheme of config.json has them."""
+    groups = config.section("quantization_config").section("config_groups")
+    symmetric = [groups.section(name).section("weights").opt_bool("symmetric") for name in groups.values]
+    if not symmetric or any(value is not False for value in symmetric):
+        return
+    for source in (source for tensor in tensors for source in tensor.sources):
+        if source.kind == SYMMETRIC:
+            raise ConvertError(
+                f"{source.weight.path}: tensor '{source.name}.weight_zero_point' is missing, and the config_groups of "
+                f"{config.path} say symmetric: false. Complete the download"
+            )
 
 
 def _expect(config: Config, key: str, allowed: tuple[object, ...], way_out: str = "") -> None:
