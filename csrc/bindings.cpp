@@ -4,8 +4,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <cstring>
+#include <filesystem>
 
 #include "backend/cpu/cpu_backend.h"
 #include "core/error.h"
@@ -23,6 +25,8 @@ namespace py = pybind11;
 using namespace dflash;
 
 namespace {
+
+using Path = std::filesystem::path;  // names of any bytes, as os.fsdecode() writes them
 
 // GGUF strings may hold any bytes; people should see them, not a codec error.
 py::str to_str(std::string_view s) {
@@ -105,7 +109,7 @@ py::dict rope_dict(const RopeConfig& rope) {
 py::dict target_dict(const MiniMaxM2& m) {
   const TargetConfig& c = m.config();
   py::dict d = rope_dict(c.rope);
-  d["path"] = c.path;
+  d["path"] = to_str(c.path);
   d["name"] = to_str(c.name);
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
@@ -127,7 +131,7 @@ py::dict target_dict(const MiniMaxM2& m) {
 py::dict drafter_dict(const DFlashDrafter& m) {
   const DrafterConfig& c = m.config();
   py::dict d = rope_dict(c.rope);
-  d["path"] = c.path;
+  d["path"] = to_str(c.path);
   d["name"] = to_str(c.name);
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
@@ -257,15 +261,16 @@ std::shared_ptr<py::object> hold(const py::object& object) {
   });
 }
 
-// A Python callable as the sampler's hook: the GIL is taken for the call, the row is writable in place.
+// A Python callable as the sampler's hook: the GIL is taken for the call. It changes an array of its own, which may
+// outlive the row.
 std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(const py::object& callable) {
   if (callable.is_none()) return nullptr;
   const std::shared_ptr<py::object> held = hold(callable);
   return [held](const std::vector<int32_t>& history, float* logits, int64_t n_vocab) {
     py::gil_scoped_acquire gil;
-    const py::capsule borrowed(logits, [](void*) {});
-    (*held)(to_array(history, {static_cast<py::ssize_t>(history.size())}),
-            py::array_t<float>({static_cast<py::ssize_t>(n_vocab)}, logits, borrowed));
+    const py::array_t<float> row(static_cast<py::ssize_t>(n_vocab), logits);  // a copy
+    (*held)(to_array(history, {static_cast<py::ssize_t>(history.size())}), row);
+    std::memcpy(logits, row.data(), static_cast<size_t>(n_vocab) * sizeof(float));
   };
 }
 
@@ -297,9 +302,9 @@ void bind_gguf(py::module_& m) {
       .def_property_readonly("nbytes", [](const Gguf::Tensor& t) { return t.bytes; });
 
   py::class_<Gguf, std::shared_ptr<Gguf>>(m, "Gguf")
-      .def(py::init([](const std::string& path) { return std::const_pointer_cast<Gguf>(Gguf::open(path)); }),
+      .def(py::init([](const Path& path) { return std::const_pointer_cast<Gguf>(Gguf::open(path.string())); }),
            py::arg("path"))
-      .def_property_readonly("path", &Gguf::path)
+      .def_property_readonly("path", [](const Gguf& g) { return to_str(g.path()); })
       .def_property_readonly("version", &Gguf::version)
       .def_property_readonly("file_bytes", [](const Gguf& g) { return g.file().size(); })
       .def_property_readonly("keys",
@@ -322,7 +327,7 @@ void bind_gguf(py::module_& m) {
 
 void bind_model(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-      .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
+      .def(py::init([](const Path& target, const std::optional<Path>& drafter, const std::string& backend,
                        int n_threads, bool precise, const std::string& cpu_isa, bool repack, const std::string& numa,
                        const py::object& progress, int tap_shift, std::optional<int32_t> mask_token_id,
                        std::optional<int> n_ctx, const std::string& kv_type, int n_batch,
@@ -341,7 +346,8 @@ void bind_model(py::module_& m) {
              planned.kv_type = kv_type;
              planned.n_batch = n_batch;
              py::gil_scoped_release release;
-             return Model::load(target, drafter.value_or(""), options, report, drafting, n_ctx ? &planned : nullptr);
+             return Model::load(target.string(), drafter.value_or("").string(), options, report, drafting,
+                                n_ctx ? &planned : nullptr);
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,

@@ -171,6 +171,8 @@ DrafterConfig read_drafter_config(const Gguf& gguf) {
   check_heads(c.path, c.n_head, c.n_head_kv, c.head_dim);
   c.rope = read_rope(gguf, keys, c.head_dim);
   c.mask_token_id = static_cast<int32_t>(gguf.get_int("tokenizer.ggml.mask_token_id", 0, kMaxDim));
+  c.target_n_layer = keys.get_or("target.block_count", 0);
+  c.target_n_vocab = keys.get_or("vocab_size", 0);
   for (const int64_t layer : gguf.get_ints("dflash.target_layers")) {
     if (layer < 0 || layer > 4096) fail(c.path, ": key 'dflash.target_layers': impossible layer ", layer);
     c.target_layers.push_back(static_cast<int>(layer));
@@ -200,6 +202,15 @@ void check_pair(const TargetConfig& target, const DrafterConfig& drafter) {
   const std::string other = cat("; was this drafter trained for another target? (target: ", target.path, ")");
   if (drafter.n_embd != target.n_embd) {
     fail(drafter.path, ": embedding_length: the target's ", target.n_embd, " expected, found ", drafter.n_embd, other);
+  }
+  if (drafter.target_n_layer != 0 && drafter.target_n_layer != target.n_layer) {
+    fail(drafter.path, ": target.block_count: the target's ", target.n_layer, " expected, found ",
+         drafter.target_n_layer, other);
+  }
+  // Some files count the tokenizer's ids only, without the padding of the target's table.
+  if (drafter.target_n_vocab > target.n_vocab) {
+    fail(drafter.path, ": vocab_size: at most the target's ", target.n_vocab, " expected, found ",
+         drafter.target_n_vocab, other);
   }
   if (drafter.mask_token_id >= target.n_vocab) {
     fail(drafter.path, ": mask_token_id: below the target's vocabulary of ", target.n_vocab, " expected, found ",

@@ -46,6 +46,7 @@ struct DrafterConfig {
   int n_ff = 0;
   int block_size = 0;  // anchor + block_size - 1 mask slots
   int32_t mask_token_id = 0;
+  int target_n_layer = 0, target_n_vocab = 0;  // of the target it was trained for; 0: the file does not say
   std::vector<int> target_layers;   // layer input indices (z-lab id + 1); n_layer of the target = before its final norm
   std::vector<bool> causal;         // per layer: rows of the block see only earlier rows
   std::vector<int> sliding_window;  // per layer; 0 = none
