@@ -129,6 +129,11 @@ def test_chat(nano_path: Path, nano_drafter_path: Path) -> None:
     assert "started over" in done.stderr
     assert "no answer yet" in done.stderr
     assert len(done.stdout.strip()) > 10
+    done = dflash(
+        "chat", "--target", str(nano_path), "-n", "3", "--n-ctx", "64", text=f"{'long ' * 99}\nHello\n/stats\n"
+    )
+    assert "n_ctx = 64" in done.stderr, "what cannot be said is refused"
+    assert "tokens per step" in done.stderr, "and the conversation goes on"
     dflash("chat", "--target", str(nano_path), "--system", "Be brief.", "-n", "3", text="Hi\n")
 
 

@@ -373,8 +373,11 @@ class Engine:
         return self.tokenizer.encode(text, add_bos=add_bos)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of token ids; special: show special tokens too."""
-        return self.tokenizer.decode(tokens, special=special)
+        """Text of token ids; special: show special tokens too. Ids that the tokenizer does not know have no text."""
+        if isinstance(tokens, (str, bytes)):
+            raise DFlashError(f"tokens: expected token ids, found {type(tokens).__name__}")
+        ids = check_token_ids(tokens, self.n_vocab, name="tokens") if len(tokens) else []
+        return self.tokenizer.decode(ids, special=special)
 
     # -- numbers, for people who study models; each replaces the timeline
 
@@ -417,6 +420,7 @@ class Engine:
     @property
     def block_size(self) -> int:
         """Rows of a drafter block (one more than the deepest depth); 1 without a drafter."""
+        self._open_session()
         config = self.model.drafter_config
         return 1 if config is None else int(config["block_size"])
 
@@ -517,7 +521,7 @@ class Engine:
             options=options,
             seed=options.resolved_seed(),
             depth=self._depth(options.depth),
-            max_tokens=self.n_ctx if options.max_tokens is None else int(options.max_tokens),
+            max_tokens=self.n_ctx if options.max_tokens is None else min(int(options.max_tokens), self.n_ctx),
             eos_ids=() if options.ignore_eos else self.tokenizer.eos_ids,
             chat_prompt=chat_prompt,
             on_prefill=on_prefill,

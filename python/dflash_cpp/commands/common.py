@@ -203,6 +203,6 @@ def read_text_file(name: str, path: str) -> str:
 def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, total) that draws a bar with the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

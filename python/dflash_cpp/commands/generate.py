@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rich.console import Console
+
 from ..errors import DFlashError
 from . import common
 
@@ -27,11 +29,13 @@ def add(subparsers: common.Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of streamed text")
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def _prompt(args: argparse.Namespace, console: Console) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.prompt_file is not None:
         return common.read_text_file("--prompt-file", args.prompt_file)
+    if sys.stdin.isatty():
+        console.print("type the prompt; Ctrl-D on a line of its own ends it")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as e:
@@ -40,10 +44,10 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Streams the text; 0."""
-    options, prompt = common.generate_options(args), _prompt(args)
+    console = common.stderr_console()
+    options, prompt = common.generate_options(args), _prompt(args, console)
     if not prompt:
         raise DFlashError("prompt: expected text, found an empty string")
-    console = common.stderr_console()
     with common.load_engine(args, console) as engine:
         messages = [{"role": "user", "content": prompt}] if args.chat else None
         with engine.stream(None if args.chat else prompt, messages=messages, **options) as stream:
