@@ -177,14 +177,8 @@ class Stream(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
-        if self._superseded:
-            raise DFlashError(
-                "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
-            )
-        if self._answer.finish is not None:
-            raise StopIteration
         with self._engine._turn:  # nobody reads the session between being taken and running
-            self._engine._take(self)
+            self._acquire()
             self._thread = threading.get_ident()
             self._running = True
         try:
@@ -200,6 +194,26 @@ class Stream(Iterator[Piece]):
         if self._answer.finish is not None:
             self._engine._give(self)
         return piece
+
+    def _acquire(self) -> None:
+        """Takes the engine for the next piece, with the lock held. Raises StopIteration when there is none."""
+        while True:
+            if self._superseded:
+                raise DFlashError(
+                    "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
+                )
+            if self._answer.finish is not None:
+                raise StopIteration
+            if not self._running:
+                self._engine._take(self)  # may wait, and let another thread that shares this stream go first
+                if not self._running and self._answer.finish is None:
+                    return
+                if self._answer.finish is not None:
+                    self._engine._give(self)
+            elif self._thread == threading.get_ident():
+                raise DFlashError("stream: a hook or progress function asked the stream that is calling it for a piece")
+            else:
+                self._engine._turn.wait()
 
     @property
     def result(self) -> Generation:
