@@ -77,10 +77,12 @@ std::shared_ptr<Model> Model::synthetic(const TargetConfig& target, const Drafte
                                         uint64_t seed) {
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
-  m->target = MiniMaxM2::random(target, synthetic.matrices, synthetic.head, synthetic.branch_gain, *m->backend, seed);
+  RandomWeights weights(*m->backend, synthetic.matrices, synthetic.head, synthetic.branch_gain, seed);
+  m->target = MiniMaxM2::make(target, weights, *m->backend);
   if (drafter != nullptr) {
     check_pair(target, *drafter);
-    m->drafter = DFlashDrafter::random(*drafter, *m->target, synthetic.drafter, *m->backend, seed + 1000003);
+    RandomWeights own(*m->backend, synthetic.drafter, synthetic.drafter, 1.0f, seed + 1000003);
+    m->drafter = DFlashDrafter::make(*drafter, *m->target, own, *m->backend);
     if (synthetic.draft_head) {
       m->drafter->set_head(
           m->backend->random_weight(*synthetic.draft_head, target.n_embd, target.n_vocab, 1, seed + 2000003));
