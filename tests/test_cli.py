@@ -17,7 +17,7 @@ import dflash_cpp
 from dflash_cpp import Engine, cli, doctor
 from dflash_cpp.demo import embedded_model_dir
 
-COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo"]
+COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo", "eval", "bench", "selftest", "capture"]
 
 
 def dflash(*args: str, text: str | None = "", code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,9 @@ def test_generate(nano_path: Path, nano_drafter_path: Path) -> None:
     with Engine(nano_path, n_ctx=512) as engine:
         assert plain == engine.generate("import os\n", max_tokens=20).text + "\n"
     drafted = dflash(
-        *common, "--drafter", str(nano_drafter_path), "--depth", "4", "--no-lookup", "--stats", text="import os\n"
+        *("generate", "-m", str(nano_path), "-md", str(nano_drafter_path), "-c", "512", "-t", "1", "-n", "20"),
+        *("--depth", "4", "--no-lookup", "--stats"),
+        text="import os\n",
     )
     assert drafted.stdout == plain
     assert "tokens per step" in drafted.stderr
