@@ -134,6 +134,9 @@ def test_replies(tokenizer: Tokenizer) -> None:
         "content": "Yes.",
     }
     assert parse_reply(tokenizer, "", tokenizer.encode("Yes. STOP"), " STOP")["content"] == "Yes."
+    assert parse_reply(tokenizer, "", tokenizer.encode("Yes...."), ".")["content"] == "Yes", "the first one ended it"
+    stopped = parse_reply(tokenizer, prompt, tokenizer.encode("I am. No"), ".")
+    assert (stopped["content"], stopped["reasoning_content"]) == ("", "I am")
 
 
 def test_chat_equals_its_rendered_prompt(engine: Engine, template: ChatTemplate) -> None:

@@ -124,6 +124,24 @@ def test_a_reader_that_goes_away(nano_path: Path) -> None:
     assert b"BrokenPipe" not in done.stderr
 
 
+def test_streams_as_shells_leave_them(nano_path: Path) -> None:
+    """A full disk, a closed stream, and a terminal that knows no Unicode."""
+    command = f"{sys.executable} -m dflash_cpp generate -m {nano_path} -n 30 --temperature 3 --seed 3 --ignore-eos"
+    for redirect, code, message in (
+        ("-p x > /dev/full", 1, "standard output cannot be written"),
+        ("-p x >&-", 0, ""),
+        ("<&-", 2, "prompt: expected text, found an empty string"),
+        ("-p '# naïve ☃ '", 0, ""),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {redirect}"], capture_output=True, timeout=120, check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert message in done.stderr.decode()
+        assert done.stderr.count(b"\n") == (1 if message else 0), done.stderr
+
+
 def test_chat(nano_path: Path, nano_drafter_path: Path) -> None:
     lines = "Write a module.\n/stats\n/help\n\nAnd a test.\n/reset\n/stats\nHello\n/quit\nnever read\n"
     done = dflash("chat", "--target", str(nano_path), "--drafter", str(nano_drafter_path), "-n", "10", text=lines)

@@ -181,8 +181,9 @@ def parse_reply(tokenizer: Tokenizer, prompt: str, tokens: Sequence[int], stop: 
     content = tokenizer.decode(rest)
     if rest and reasoning is not None:
         content = content.removeprefix(_THINK_CLOSE).lstrip("\n")
-    if stop is not None and stop in content:
-        content = content[: content.rindex(stop)]
+    if stop is not None:  # the last token may hold text behind the stop string
+        content = content.partition(stop)[0]
+        reasoning = None if reasoning is None else reasoning.partition(stop)[0]
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
