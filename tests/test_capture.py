@@ -121,6 +121,16 @@ def test_an_interrupted_run_goes_on(
         capture(engine, samples, tmp_path, CaptureOptions(max_tokens=5))
 
 
+def test_every_prompt_has_a_seed_of_its_own(engine: Engine, prompts: list[Ids], tmp_path: Path) -> None:
+    sample = Sample("p", np.array(prompts[0], dtype=np.int32))
+    options = CaptureOptions(max_tokens=16, temperature=1.0, seed=7, ignore_eos=True)
+    shards = read_corpus(capture(engine, [sample, sample], tmp_path, options), None, engine.n_vocab)
+    for i, shard in enumerate(shards):
+        answer = engine.generate(prompts[0], max_tokens=16, temperature=1.0, seed=7 + i, ignore_eos=True)
+        assert shard.tokens.tolist() == [*prompts[0], *answer.tokens]
+    assert shards[0].tokens.tolist() != shards[1].tokens.tolist()
+
+
 def test_a_folder_of_other_prompts_is_refused(engine: Engine, prompts: list[Ids], tmp_path: Path) -> None:
     samples = [Sample(str(i), np.array(p, dtype=np.int32)) for i, p in enumerate(prompts[:2])]
     options = CaptureOptions(max_tokens=4, ignore_eos=True)

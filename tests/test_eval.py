@@ -56,6 +56,7 @@ def test_numbers_of_the_table() -> None:
     e = Evaluation(hits, np.full((3, 4), 2.5), np.array([0, 0, 1]), np.array([5, 9, 5]))
     assert e.runs.tolist() == [2, 0, 4]
     assert e.m_accept == pytest.approx(2.0)
+    assert e.m_accept_error == pytest.approx(1.5)  # sequences of 1 and 4: their spread over the root of two
     assert e.cumulative == pytest.approx((2 / 3, 2 / 3, 1 / 3, 1 / 3))
     assert e.m_accept == pytest.approx(sum(e.cumulative))
     found = e.to_dict()

@@ -179,3 +179,4 @@ def test_the_seed_decides(engine: Engine, prompts: list[Ids]) -> None:
     assert draw(7).tokens != draw(8).tokens
     drawn = draw(None)
     assert draw(drawn.stats.seed).tokens == drawn.tokens, "the seed that was drawn is reported"
+    assert draw(None).stats.seed != drawn.stats.seed, "and it is drawn anew each time"
