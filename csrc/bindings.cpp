@@ -103,7 +103,7 @@ py::dict rope_dict(const RopeConfig& rope) {
   py::dict d;
   d["n_rot"] = rope.n_rot;
   d["rope_theta"] = rope.theta;
-  d["rope_inv_freq"] = to_array(rope.inv_freq, {static_cast<py::ssize_t>(rope.inv_freq.size())});
+  d["rope_inv_freq"] = rope.inv_freq;
   d["rope_scale"] = rope.scale;
   return d;
 }

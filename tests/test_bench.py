@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dflash_cpp import DFlashError, _core, plots
+from dflash_cpp import CapacityError, DFlashError, _core, plots
 from dflash_cpp.benchmark import SHAPES, Benchmark, BenchOptions, break_even, fit_exponent, synthetic_shape, tables
 from dflash_cpp.cli import main
 
@@ -117,7 +117,13 @@ def test_shapes() -> None:
     assert max(drafter["target_layers"]) <= 4
     assert synthetic_shape("n_layer=3")[0]["n_embd"] == 3072
     assert SHAPES["m2.7"][0]["n_layer"] == 62, "the table is not changed"
-    for text, message in (("big", "expected one of"), ("m2.7,foo=1", "expected keys"), ("m2.7,n_layer=x", "a number")):
+    for text, message in (
+        ("big", "expected one of"),
+        ("m2.7,foo=1", "expected keys"),
+        ("m2.7,n_layer=x", "a number"),
+        ("n_vocab=99999999999", "n_vocab.*16777215.*99999999999"),
+        ("n_ff=0", "n_ff"),
+    ):
         with pytest.raises(DFlashError, match=message):
             synthetic_shape(text)
 
@@ -128,6 +134,12 @@ def test_wrong_options_are_refused(tiny: _core.Model) -> None:
     for options in ({"rounds": 0}, {"max_tokens": 1}, {"contexts": ()}, {"contexts": (0,)}, {"temperature": -1.0}):
         with pytest.raises(DFlashError, match=next(iter(options))):
             BenchOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_shape_that_does_not_fit_is_refused_at_once() -> None:
+    target, drafter = synthetic_shape("m2.7,n_layer=62000")
+    with pytest.raises(CapacityError, match=r"synthetic: \d.* TiB of weights needed.*fewer layers"):
+        _core.Model.synthetic(target, drafter, n_threads=1)
 
 
 def compare_module() -> Any:

@@ -103,6 +103,7 @@ def test_what_templates_may_call() -> None:
         "{{ 1 / 0 }}",
         "{{ 'a' + 1 }}",
         "{{ range(10 ** 9) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_templates_are_confined(source: str) -> None:

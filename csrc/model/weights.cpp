@@ -64,9 +64,19 @@ Weight WeightLoader::f32_matrix(const std::string& name, int64_t n_in, int64_t n
 
 Weight WeightLoader::vector(const std::string& name, int64_t n) { return take(name, n, 1, 1, true); }
 
+namespace {
+
+bool is_head(const std::string& name) { return name == "token_embd.weight" || name == "output.weight"; }
+
+}  // namespace
+
+Weight WeightCounter::stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
+  bytes_ += row_bytes(is_head(name) ? head_ : matrices_, n_in) * static_cast<size_t>(n_out * n_expert);
+  return {};
+}
+
 Weight RandomWeights::stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
-  const bool head = name == "token_embd.weight" || name == "output.weight";
-  return backend_.random_weight(head ? head_ : matrices_, n_in, n_out, n_expert, ++seed_);
+  return backend_.random_weight(is_head(name) ? head_ : matrices_, n_in, n_out, n_expert, ++seed_);
 }
 
 Weight RandomWeights::f32_matrix(const std::string&, int64_t n_in, int64_t n_out) {

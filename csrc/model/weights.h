@@ -57,6 +57,22 @@ class WeightLoader : public WeightSource {
   size_t done_ = 0, total_ = 0;
 };
 
+// Counts the bytes of a model's matrices; its weights are empty.
+class WeightCounter : public WeightSource {
+ public:
+  WeightCounter(DType matrices, DType head) : matrices_(matrices), head_(head) {}
+
+  Weight stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) override;
+  Weight vector(const std::string&, int64_t) override { return {}; }
+  Weight f32_matrix(const std::string&, int64_t, int64_t) override { return {}; }
+  bool has(const std::string&) const override { return true; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  DType matrices_, head_;
+  size_t bytes_ = 0;
+};
+
 // Random weights, for measuring shapes without files. Norms are 1 (those at the head of a block: branch_gain), the
 // router's bias is 0.
 class RandomWeights : public WeightSource {

@@ -48,6 +48,9 @@ SHAPES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 
 
+MAX_DIMENSION: Final = 2**24  # the engine's own limit
+
+
 def synthetic_shape(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A shape by name, or the last name's values changed by "k=v,k=v": "m2.7,n_layer=4". drafter_k=v: the drafter's.
 
@@ -68,6 +71,8 @@ def synthetic_shape(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
             into[bare] = float(value) if bare == "rope_theta" else int(value)
         except ValueError:
             raise DFlashError(f"synthetic: {key}: expected a number, found {value!r}") from None
+        if not 0 < into[bare] < MAX_DIMENSION:
+            raise DFlashError(f"synthetic: {key}: expected a number in 1..{MAX_DIMENSION - 1}, found {value}")
     taps = [layer for layer in drafter["target_layers"] if layer <= target["n_layer"]]
     drafter["target_layers"] = taps or [target["n_layer"]]
     return target, drafter

@@ -161,7 +161,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as e:
             raise DFlashError(f"chat template: {e}") from e
 
 
