@@ -99,18 +99,8 @@ std::vector<int32_t> to_tokens(const py::object& object) {
   return out;
 }
 
-py::dict rope_dict(const RopeConfig& rope) {
+py::dict config_dict(const ModelConfig& c) {
   py::dict d;
-  d["n_rot"] = rope.n_rot;
-  d["rope_theta"] = rope.theta;
-  d["rope_inv_freq"] = rope.inv_freq;
-  d["rope_scale"] = rope.scale;
-  return d;
-}
-
-py::dict target_dict(const MiniMaxM2& m) {
-  const TargetConfig& c = m.config();
-  py::dict d = rope_dict(c.rope);
   d["path"] = to_str(c.path);
   d["name"] = to_str(c.name);
   d["n_layer"] = c.n_layer;
@@ -118,12 +108,22 @@ py::dict target_dict(const MiniMaxM2& m) {
   d["n_head"] = c.n_head;
   d["n_head_kv"] = c.n_head_kv;
   d["head_dim"] = c.head_dim;
+  d["n_ff"] = c.n_ff;
+  d["rms_eps"] = c.eps;
+  d["n_rot"] = c.rope.n_rot;
+  d["rope_theta"] = c.rope.theta;
+  d["rope_inv_freq"] = c.rope.inv_freq;
+  d["rope_scale"] = c.rope.scale;
+  return d;
+}
+
+py::dict target_dict(const MiniMaxM2& m) {
+  const TargetConfig& c = m.config();
+  py::dict d = config_dict(c);
   d["n_expert"] = c.n_expert;
   d["n_expert_used"] = c.n_expert_used;
-  d["n_ff"] = c.n_ff;
   d["n_vocab"] = c.n_vocab;
   d["n_ctx_train"] = c.n_ctx_train;
-  d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
   d["bytes_per_token"] = m.bytes_per_token();
   d["expert_bytes_per_token"] = m.expert_bytes_per_token();
@@ -132,21 +132,12 @@ py::dict target_dict(const MiniMaxM2& m) {
 
 py::dict drafter_dict(const DFlashDrafter& m) {
   const DrafterConfig& c = m.config();
-  py::dict d = rope_dict(c.rope);
-  d["path"] = to_str(c.path);
-  d["name"] = to_str(c.name);
-  d["n_layer"] = c.n_layer;
-  d["n_embd"] = c.n_embd;
-  d["n_head"] = c.n_head;
-  d["n_head_kv"] = c.n_head_kv;
-  d["head_dim"] = c.head_dim;
-  d["n_ff"] = c.n_ff;
+  py::dict d = config_dict(c);
   d["block_size"] = c.block_size;
   d["target_layers"] = c.target_layers;
   d["mask_token_id"] = c.mask_token_id;
   d["sliding_window"] = c.sliding_window;
   d["causal"] = c.causal;
-  d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
   d["head_type"] = std::string(dtype_info(m.head().type).name);
   d["head_bytes"] = m.head().bytes();
@@ -215,22 +206,27 @@ DType dtype_named(const std::string& name) {
   fail("type: one of ", known, " expected, found '", name, "'");
 }
 
+void read_shape(const py::dict& d, ModelConfig& c) {
+  c.n_layer = shape_int(d, "n_layer");
+  c.n_head = shape_int(d, "n_head");
+  c.n_head_kv = shape_int(d, "n_head_kv");
+  c.head_dim = shape_int(d, "head_dim");
+  c.n_ff = shape_int(d, "n_ff", 32);
+  check_heads(c);
+}
+
 TargetConfig target_shape(const py::dict& d) {
   TargetConfig c;
   c.path = "synthetic target";
-  c.n_layer = shape_int(d, "n_layer");
+  read_shape(d, c);
   c.n_embd = shape_int(d, "n_embd", 32);
-  c.n_head = shape_int(d, "n_head");
-  c.n_head_kv = shape_int(d, "n_head_kv");
-  c.head_dim = shape_int(d, "head_dim", 32);
   c.n_expert = shape_int(d, "n_expert");
   c.n_expert_used = shape_int(d, "n_expert_used");
-  c.n_ff = shape_int(d, "n_ff", 32);
   c.n_vocab = shape_int(d, "n_vocab", 2);
   c.eps = static_cast<float>(shape_float(d, "rms_eps", 1e-6));
   c.rope = make_rope(shape_int(d, "n_rot", 2), shape_float(d, "rope_theta", 5e6));
-  if (c.n_head % c.n_head_kv != 0 || c.n_expert_used > c.n_expert || c.rope.n_rot > c.head_dim) {
-    fail("synthetic shape: n_head a multiple of n_head_kv, n_expert_used <= n_expert and n_rot <= head_dim expected");
+  if (c.n_expert_used > c.n_expert || c.rope.n_rot > c.head_dim || c.rope.n_rot % 2 != 0) {
+    fail("synthetic shape: n_expert_used <= n_expert and an even n_rot <= head_dim expected");
   }
   return c;
 }
@@ -238,12 +234,8 @@ TargetConfig target_shape(const py::dict& d) {
 DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
   DrafterConfig c;
   c.path = "synthetic drafter";
-  c.n_layer = shape_int(d, "n_layer");
+  read_shape(d, c);
   c.n_embd = target.n_embd;
-  c.n_head = shape_int(d, "n_head");
-  c.n_head_kv = shape_int(d, "n_head_kv");
-  c.head_dim = shape_int(d, "head_dim", 32);
-  c.n_ff = shape_int(d, "n_ff", 32);
   c.block_size = shape_int(d, "block_size", 2);
   c.mask_token_id = target.n_vocab - 1;
   c.target_layers = d["target_layers"].cast<std::vector<int>>();
@@ -251,7 +243,6 @@ DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
   c.rope = make_rope(c.head_dim, shape_float(d, "rope_theta", 5e6));
   c.causal.assign(static_cast<size_t>(c.n_layer), false);
   c.sliding_window.assign(static_cast<size_t>(c.n_layer), 0);
-  if (c.n_head % c.n_head_kv != 0) fail("synthetic shape: n_head a multiple of n_head_kv expected");
   return c;
 }
 

@@ -136,7 +136,14 @@ def test_wrong_options_are_refused(tiny: _core.Model) -> None:
             BenchOptions(**options)  # type: ignore[arg-type]
 
 
-def test_a_shape_that_does_not_fit_is_refused_at_once() -> None:
+def test_shapes_that_cannot_run_are_refused_at_once() -> None:
+    for part, message in (("n_head=7", "not a multiple of"), ("head_dim=48", "a multiple of 32"), ("n_rot=33", "even")):
+        target, drafter = synthetic_shape(f"mini,{part}")
+        with pytest.raises(DFlashError, match=message):
+            _core.Model.synthetic(target, drafter, n_threads=1)
+    target, drafter = synthetic_shape("mini,drafter_head_dim=48")
+    with pytest.raises(DFlashError, match=r"synthetic drafter.*a multiple of 32"):
+        _core.Model.synthetic(target, drafter, n_threads=1)
     target, drafter = synthetic_shape("m2.7,n_layer=62000")
     with pytest.raises(CapacityError, match=r"synthetic: \d.* TiB of weights needed.*fewer layers"):
         _core.Model.synthetic(target, drafter, n_threads=1)

@@ -96,13 +96,8 @@ void read_model_config(const Gguf& gguf, const ArchKeys& keys, ModelConfig& c) {
   c.n_embd = keys.get("embedding_length");
   c.n_head = keys.get("attention.head_count", 1, 65536);
   c.n_head_kv = keys.get("attention.head_count_kv", 1, 65536);
-  if (c.n_head % c.n_head_kv != 0) {
-    fail(c.path, ": attention.head_count ", c.n_head, " is not a multiple of attention.head_count_kv ", c.n_head_kv);
-  }
   c.head_dim = keys.get_or("attention.key_length", c.n_embd / c.n_head, 1, 65536);
-  if (c.head_dim % 32 != 0 || c.head_dim > 512) {
-    fail(c.path, ": attention.key_length: a multiple of 32 up to 512 expected, found ", c.head_dim);
-  }
+  check_heads(c);
   const int v_dim = keys.get_or("attention.value_length", c.head_dim);
   if (v_dim != c.head_dim) fail(c.path, ": attention.value_length ", v_dim, " differs from key_length ", c.head_dim);
   c.eps = keys.positive("attention.layer_norm_rms_epsilon", 1e-6);
@@ -110,6 +105,15 @@ void read_model_config(const Gguf& gguf, const ArchKeys& keys, ModelConfig& c) {
 }
 
 }  // namespace
+
+void check_heads(const ModelConfig& c) {
+  if (c.n_head % c.n_head_kv != 0) {
+    fail(c.path, ": attention.head_count ", c.n_head, " is not a multiple of attention.head_count_kv ", c.n_head_kv);
+  }
+  if (c.head_dim % 32 != 0 || c.head_dim > 512) {
+    fail(c.path, ": attention.key_length: a multiple of 32 up to 512 expected, found ", c.head_dim);
+  }
+}
 
 RopeConfig make_rope(int n_rot, double theta) {
   RopeConfig rope;

@@ -58,6 +58,9 @@ RopeConfig make_rope(int n_rot, double theta);
 TargetConfig read_target_config(const Gguf& gguf);
 DrafterConfig read_drafter_config(const Gguf& gguf);
 
+// Throws for numbers of heads, or sizes of a head, that the attention of the backends does not take.
+void check_heads(const ModelConfig& config);
+
 // Throws when the drafter was made for another target.
 void check_pair(const TargetConfig& target, const DrafterConfig& drafter);
 
