@@ -103,6 +103,8 @@ def test_user_errors(nano_path: Path, tmp_path: Path) -> None:
     assert "temperature" in one_line(dflash(*target, "-p", "x", "--temperature", "-1", code=2))
     assert "prompt" in one_line(dflash(*target, code=2))
     assert "n_ctx = 16" in one_line(dflash(*target, "-p", "long " * 50, "--n-ctx", "16", code=2))
+    early = (*target, "-p", "long " * 50, "--n-ctx", "16", "--drafter", str(nano_path))
+    assert "n_ctx = 16" in one_line(dflash(*early, code=2)), "before the weights are loaded"
     assert "cpu_isa" in one_line(dflash(*target, "-p", "x", "--cpu-isa", "sse9", code=2))
     assert "no.txt" in one_line(dflash(*target, "--prompt-file", str(tmp_path / "no.txt"), code=2))
     assert "--depth" in dflash(*target, "-p", "x", "--depth", "some", code=2).stderr

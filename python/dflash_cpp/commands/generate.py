@@ -7,7 +7,10 @@ import sys
 
 from rich.console import Console
 
-from ..errors import DFlashError
+from .. import _core
+from ..errors import CapacityError, DFlashError
+from ..options import check_path
+from ..tokenizer import Tokenizer
 from . import common
 
 _EXAMPLES = """\
@@ -42,12 +45,24 @@ def _prompt(args: argparse.Namespace, console: Console) -> str:
         raise DFlashError(f"standard input: expected UTF-8 text: {e}") from e
 
 
+def _check_length(args: argparse.Namespace, prompt: str) -> None:
+    """Refuses a prompt longer than the context before minutes of loading. A token stands for a byte or more."""
+    if len(prompt.encode(errors="replace")) <= args.n_ctx:
+        return
+    n = len(Tokenizer(_core.Gguf(check_path("target", args.target))).encode(prompt))
+    if n > args.n_ctx:
+        raise CapacityError(
+            f"prompt: expected at most n_ctx = {args.n_ctx} tokens, found {n}; shorten it or raise --n-ctx"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Streams the text; 0."""
     console = common.stderr_console()
     options, prompt = common.generate_options(args), _prompt(args, console)
     if not prompt:
         raise DFlashError("prompt: expected text, found an empty string")
+    _check_length(args, prompt)
     with common.load_engine(args, console) as engine:
         messages = [{"role": "user", "content": prompt}] if args.chat else None
         with engine.stream(None if args.chat else prompt, messages=messages, **options) as stream:
