@@ -214,6 +214,18 @@ def test_a_truncated_file(nano_path: Path, tmp_path: Path) -> None:
             Engine(path)
 
 
+def test_a_part_of_a_split_file(tmp_path: Path) -> None:
+    """Large files of other converters come in parts; the second one has neither architecture nor tokenizer."""
+    path = tmp_path / "m2-00002-of-00003.gguf"
+    keys = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack("<IH", 2, value)  # uint16
+        for name, value in ((b"split.no", 1), (b"split.count", 3))
+    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys)
+    with pytest.raises(DFlashError, match=r"m2-00002.*part 2 of 3.*llama-gguf-split --merge"):
+        Engine(path)
+
+
 def test_swapped_roles(nano_path: Path, nano_drafter_path: Path) -> None:
     with pytest.raises(DFlashError, match=r"minimax-m2.*dflash|tokenizer"):
         Engine(nano_drafter_path)

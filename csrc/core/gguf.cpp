@@ -81,6 +81,10 @@ class GgufParser {
     if (n_keys > size() / 13) bad("truncated: ", n_keys, " keys", kTooMany);
     if (n_tensors > size() / 24) bad("truncated: ", n_tensors, " tensors", kTooMany);
     for (uint64_t i = 0; i < n_keys; ++i) parse_key();
+    if (const int64_t parts = g_->get_int_or("split.count", 1, 0, 65535); parts > 1) {
+      bad("this is part ", g_->get_int_or("split.no", 0, 0, 65535) + 1, " of ", parts,
+          " of a file; join them first: llama-gguf-split --merge FIRST-PART OUT.gguf");
+    }
     const size_t alignment = read_alignment();
     for (uint64_t i = 0; i < n_tensors; ++i) parse_tensor(alignment);
     place_tensors(alignment);
