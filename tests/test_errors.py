@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,24 +161,6 @@ def test_more_context_than_memory(nano_path: Path) -> None:
 def test_threads_of_the_compiled_model(n_threads: int, nano_path: Path) -> None:
     with pytest.raises(DFlashError, match=f"n_threads: 0 .* to 4096 expected, found {n_threads}"):
         _core.Model(str(nano_path), n_threads=n_threads)
-
-
-def test_more_threads_than_the_system_starts(nano_path: Path) -> None:
-    """In a process of its own, whose address space has no room for so many stacks."""
-    program = f"""
-import resource
-from dflash_cpp import DFlashError, Engine
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-try:
-    Engine({str(nano_path)!r}, n_ctx=64, n_threads=4096)
-except DFlashError as e:
-    print(e)
-print(len(Engine({str(nano_path)!r}, n_ctx=64, n_threads=1).generate("import ", max_tokens=2).tokens))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    message, tokens = done.stdout.splitlines()
-    assert message.startswith("n_threads: 4096 threads expected"), done.stderr
-    assert tokens == "2", "the process stays usable"
 
 
 def test_files_that_are_not_there(nano_path: Path, tmp_path: Path) -> None:
