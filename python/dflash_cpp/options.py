@@ -201,11 +201,13 @@ class GenerateOptions:
                 raise _fail("stop", "a non-empty string, or a sequence of them", s)
         if self.depth != "auto":
             _check_int("depth", self.depth, 0)
-        in_range = lambda x: 0.99e-6 < x < 1.01e6  # noqa: E731
-        _check_float("repetition_penalty", self.repetition_penalty, "a number in 1e-6..1e6", in_range)
+        # the limits as rounded to single precision are within
+        _check_float(
+            "repetition_penalty", self.repetition_penalty, "a number in 1e-6..1e6", lambda x: 0.9e-6 < x < 1.1e6
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             expected = f"a number in {-LARGE:g}..{LARGE:g}"
-            _check_float(name, getattr(self, name), expected, lambda x: abs(x) < 1.01 * LARGE)
+            _check_float(name, getattr(self, name), expected, lambda x: abs(x) < 1.1 * LARGE)
         _check_int("penalty_last_n", self.penalty_last_n, -1, 2**31 - 1)
         self._check_bias()
         if self.logits_hook is not None and not callable(self.logits_hook):
@@ -222,7 +224,7 @@ class GenerateOptions:
             _check_int("logit_bias token id", token, 0, MAX_TOKEN_ID)
             if bias != -math.inf:
                 expected = f"a number up to {LARGE:g}, or -inf to forbid it"
-                _check_float(f"logit_bias of token {token}", bias, expected, lambda x: x < 1.01 * LARGE)
+                _check_float(f"logit_bias of token {token}", bias, expected, lambda x: x < 1.1 * LARGE)
 
     @property
     def stops(self) -> tuple[str, ...]:
