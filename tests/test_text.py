@@ -129,6 +129,19 @@ def test_the_end_of_sequence_is_the_generation_configs(tokenizer: Tokenizer) -> 
     assert tokenizer.eos_ids == (963,)
 
 
+@pytest.mark.parametrize("depth", [0, 15])
+def test_any_of_several_ends_of_sequence_ends_an_answer(
+    depth: int, nano_path: Path, nano_drafter_path: Path, prompts: list[Ids]
+) -> None:
+    with Engine(nano_path, nano_drafter_path, n_ctx=256) as engine:
+        tokens = engine.generate(prompts[0], max_tokens=30, ignore_eos=True).tokens
+        end = next(t for t in tokens[3:] if t != engine.tokenizer.eos_ids[0])
+        engine.tokenizer.eos_ids = (*engine.tokenizer.eos_ids, end)
+        g = engine.generate(prompts[0], max_tokens=30, depth=depth)
+    assert g.tokens == tokens[: tokens.index(end) + 1]
+    assert g.finish_reason == "stop"
+
+
 def first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
     """What a matcher must answer, found in the whole text: the earliest place, there the longest."""
     found = [(text.index(s), -len(s), s) for s in stops if s in text]
