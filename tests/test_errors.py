@@ -332,6 +332,19 @@ def test_a_tensor_that_is_missing_is_named(nano_path: Path, tmp_path: Path) -> N
         Engine(path)
 
 
+def test_names_that_appear_twice(nano_path: Path, tmp_path: Path) -> None:
+    data, path = nano_path.read_bytes(), tmp_path / "twice.gguf"
+    for name, other in (
+        (b"blk.2.attn_k.weight", b"blk.1.attn_k.weight"),
+        (b"minimax-m2.attention.head_count_kv", b"minimax-m2.attention.head_count"),
+    ):
+        old, new = (struct.pack("<Q", len(n)) + n for n in (name, other))
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(DFlashError, match=f"{other.decode()}' appears twice"):
+            Engine(path)
+
+
 def test_a_missing_tensor_by_name(nano_path: Path) -> None:
     with pytest.raises(DFlashError, match="nothing_here"):
         _core.Gguf(str(nano_path)).tensor("nothing_here")

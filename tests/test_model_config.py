@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from dflash_cpp.convert import convert
@@ -102,3 +103,19 @@ def test_windows_reach_the_attention(nano_path: Path, nano_drafter_path: Path, t
     np.testing.assert_array_equal(sliding("wide", sliding_window=48, is_causal=False), full)
     assert not np.array_equal(sliding("narrow", sliding_window=16, is_causal=False), full)
     assert not np.array_equal(sliding("causal", sliding_window=48), full)
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 256])
+def test_tensors_lie_where_the_files_alignment_says(alignment: int, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(2), tmp_path / "aligned.gguf"
+    tensors = {name: rng.normal(size=(3, 5)).astype(np.float32) for name in ("one", "two")}
+    w = gguf.GGUFWriter(path, "minimax-m2")
+    w.add_custom_alignment(alignment)
+    for name, values in tensors.items():
+        w.add_tensor(name, values)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(_core.Gguf(str(path)).tensor(name), values)
