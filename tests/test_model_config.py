@@ -105,6 +105,19 @@ def test_windows_reach_the_attention(nano_path: Path, nano_drafter_path: Path, t
     assert not np.array_equal(sliding("causal", sliding_window=48), full)
 
 
+def test_the_last_tap_is_what_the_final_norm_sees(nano_path: Path, tmp_path: Path) -> None:
+    """Layer n_layer of dflash.target_layers: the logits follow from it by norm and head."""
+    n_layer = _core.Model(str(nano_path)).target_config["n_layer"]
+    extra = {"mask_token_id": 1023, "target_layer_ids": [1, 2, 3, 4, n_layer - 1]}  # z-lab: after its last layer
+    assert drafter_config(nano_path, tmp_path, dflash_config=extra)["target_layers"][-1] == n_layer
+    target = _core.Gguf(str(nano_path))
+    norm, head = target.tensor("output_norm.weight"), target.tensor("output.weight")
+    with Engine(nano_path, tmp_path / "drafter.gguf", n_ctx=64, precise=True) as engine:
+        x, logits = engine.taps("import os")[:, -1].astype(np.float64), engine.logits("import os")
+    normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * norm
+    np.testing.assert_allclose(logits, normed @ head.T.astype(np.float64), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("alignment", [8, 32, 256])
 def test_tensors_lie_where_the_files_alignment_says(alignment: int, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(2), tmp_path / "aligned.gguf"
