@@ -111,7 +111,8 @@ int main(int argc, char** argv) try {
   const double open_start = now();
   std::unique_ptr<MiniMaxM2> model;  // "load" includes a first token, as opening a file for use does
   if (slab) {
-    model = MiniMaxM2::random(m27_config(2, 8192), DType::Q4_0, DType::Q4_0, 1.0f, b, 1);
+    RandomWeights weights(b, DType::Q4_0, DType::Q4_0, 1.0f, 1);
+    model = MiniMaxM2::make(m27_config(2, 8192), weights, b);
   } else {
     model = MiniMaxM2::load(Gguf::open(gguf), b, nullptr);
   }

@@ -136,7 +136,7 @@ int main(int argc, char** argv) try {
       p.max_tokens = o.tokens;
       p.depth = arm.depth;
       p.lookup = false;
-      p.simulate_accept = o.accept;
+      p.simulate_accept = std::vector<double>(o.accept);  // GCC 12 warns of a copy into the empty one
       p.simulate_spread = arm.spread;
       p.sampling.seed = static_cast<uint64_t>(round + 1);
       session.begin(prompt, p);
@@ -171,7 +171,7 @@ int main(int argc, char** argv) try {
       const double round_ms = cost(all.verify_by_width[n + 1]) + cost(all.draft_by_count[n]);
       double expected = 1.0, reach = 1.0;
       GenerateParams p;
-      p.simulate_accept = o.accept;
+      p.simulate_accept = std::vector<double>(o.accept);
       for (size_t i = 0; i < n; ++i) expected += reach *= p.simulated_chance(i);
       std::printf(" %10.3f %18.2f %12.2f", expected * plain / round_ms,
                   static_cast<double>(s.accepted) / static_cast<double>(s.steps), round_ms / plain - 1.0);

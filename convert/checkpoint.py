@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConvertError, listing
+from .errors import ConvertError, fetch_again, listing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -220,8 +220,8 @@ def read_safetensors_header(path: Path) -> list[TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ConvertError(
-                    f"{path}: header length {length if len(prefix) == 8 else 'missing'} does not fit "
-                    f"the file's {size} bytes; truncated or not a safetensors file. Fetch it again"
+                    f"{path}: header length {length if len(prefix) == 8 else 'missing'} does not fit the file's {size} "
+                    f"bytes; truncated or not a safetensors file: {fetch_again(prefix + file.read(32))}"
                 )
             header = file.read(length)
     except OSError as error:

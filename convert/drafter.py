@@ -13,11 +13,12 @@ from .hf_config import Config
 from .linear import PLAIN, Source, TensorTable, choose_type
 from .plan import Metadata, Options, Plan, PlannedTensor
 from .quant_formats import is_f16_exact
-from .target import add_general, check_quantization, is_target, rope_theta
+from .target import add_general, add_shape, check_quantization, check_zero_points, is_target, rope_theta
 from .vocab import MAX_VOCAB, Vocab, add_vocab, check_same_tokenizer, load_vocab
 
 ARCH = "dflash"
 TAP_CONVENTIONS = ("after", "input")
+MAX_BLOCK = 256  # rows of a block that the engine takes
 
 # Options of DFlash variants that change the arithmetic, with the values that leave v1 as it is.
 NEUTRAL = {
@@ -60,13 +61,14 @@ def plan_drafter(
 
     tensors = _plan_tensors(table, config, options, n_taps)
     table.check_all_used()
+    check_zero_points(config, tensors)
     meta = Metadata()
     add_general(meta, config, table.checkpoint.directory.resolve().name, tensors)
-    _add_shape(meta, config)
+    add_shape(meta, ARCH, config)
     _add_rope(meta, config)
     block_size = _first_int("block_size", config, extra)
-    if block_size is None or block_size < 2:
-        raise config.error("block_size", "an integer of 2 or more, here or in dflash_config")
+    if block_size is None or not 2 <= block_size <= MAX_BLOCK:
+        raise config.error("block_size", f"an integer from 2 to {MAX_BLOCK}, here or in dflash_config")
     meta.u32(f"{ARCH}.block_size", block_size)
     meta.array(f"{ARCH}.target_layers", taps, GGUFValueType.INT32)
     _add_windows(meta, config, extra)
@@ -249,21 +251,6 @@ def _default_type(table: TensorTable, source: Source) -> GGMLType | None:
     if source.kind != PLAIN or source.weight.dtype != "F32":
         return None
     return GGMLType.F16 if is_f16_exact(table.checkpoint.read(source.weight), "F32") else GGMLType.BF16
-
-
-def _add_shape(meta: Metadata, config: Config) -> None:
-    heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
-    if heads % kv_heads:
-        raise config.error("num_key_value_heads", f"a divisor of {heads} query heads")
-    meta.u32(f"{ARCH}.block_count", config.integer("num_hidden_layers"))
-    meta.u32(f"{ARCH}.context_length", config.integer("max_position_embeddings"))
-    meta.u32(f"{ARCH}.embedding_length", config.integer("hidden_size"))
-    meta.u32(f"{ARCH}.feed_forward_length", config.integer("intermediate_size"))
-    meta.u32(f"{ARCH}.attention.head_count", heads)
-    meta.u32(f"{ARCH}.attention.head_count_kv", kv_heads)
-    meta.u32(f"{ARCH}.attention.key_length", config.integer("head_dim"))
-    meta.u32(f"{ARCH}.attention.value_length", config.integer("head_dim"))
-    meta.f32(f"{ARCH}.attention.layer_norm_rms_epsilon", config.number("rms_norm_eps"))
 
 
 def _add_rope(meta: Metadata, config: Config) -> None:

@@ -13,6 +13,13 @@ class ConvertError(ValueError):
     """
 
 
+def fetch_again(start: bytes) -> str:
+    """What to do about a damaged file that begins with `start`: a clone without Git LFS leaves pointers."""
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file; run 'git lfs pull' in the checkpoint folder"
+    return "fetch it again"
+
+
 def listing(names: Iterable[str], limit: int = 6) -> str:
     """Return the first `limit` names, quoted and comma-separated, and how many more there are."""
     items = list(names)

@@ -54,7 +54,7 @@ def write_gguf(plan: Plan, out: Path, encoder: Encoder, progress: Callable[[int,
     need = sum(tensor.nbytes for tensor in plan.tensors)
     free = shutil.disk_usage(out.parent).free
     if need > free:
-        raise ConvertError(f"{out}: needs {need / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free")
+        raise ConvertError(f"{out}: needs {_size(need)}, the disk has {_size(free)} free")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         edges = _write(plan, part, encoder, progress)
@@ -68,6 +68,10 @@ def write_gguf(plan: Plan, out: Path, encoder: Encoder, progress: Callable[[int,
         part.unlink(missing_ok=True)
     _sync(out.parent)
     return size
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
 
 
 def _write(plan: Plan, part: Path, encoder: Encoder, progress: Callable[[int, str], None]) -> dict[str, Edges]:

@@ -7,17 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConvertError
+from .errors import ConvertError, fetch_again
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`. Raises `ConvertError` if it is absent, not JSON, or not an object."""
+    return parse_json_object(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file. Raises `ConvertError` if that is not possible."""
     try:
-        document = json.loads(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_json_object(path: Path, content: bytes) -> dict[str, Any]:
+    """The object that `content`, read from `path`, holds as JSON. Raises `ConvertError` for anything else."""
+    try:
+        document = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path}: not valid JSON ({error})") from error
+        raise ConvertError(f"{path}: not valid JSON ({error}): {fetch_again(content)}") from error
     if not isinstance(document, dict):
         raise ConvertError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document

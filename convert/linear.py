@@ -27,6 +27,9 @@ SCALE_TYPES = ("BF16", "F16", "F32")
 # Tensors of a checkpoint that a GGUF file has no use for.
 IGNORABLE = ((re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"), "recomputed from rope_theta"),)
 
+# All experts of a layer in one tensor, as transformers 5 and vLLM hold them in memory.
+FUSED = re.compile(r"\.experts\.(gate_up_proj|w13_weight)")
+
 # What a tensor name that does not belong tells about the checkpoint.
 FOREIGN = (
     (re.compile(r"(weight_)?g_idx$"), "activation ordering (actorder, desc_act) is not supported"),
@@ -120,9 +123,14 @@ class TensorTable:
         where = self.checkpoint.directory
         forms = [s for s in ("weight_packed", "qweight", "weight") if f"{prefix}.{s}" in self]
         if not forms:
+            fused = next((name for name in self.checkpoint.tensors if FUSED.search(name)), None)
+            if ".experts." in prefix and fused is not None:
+                way_out = f"Fused experts ({fused!r}) are not supported; expected one tensor for each expert"
+            else:
+                way_out = "Complete the download or check config.json"
             raise ConvertError(
                 f"{where}: no weight for {prefix!r} [{rows}, {cols}]; expected {prefix}.weight_packed, "
-                f"{prefix}.qweight or {prefix}.weight. Complete the download or check config.json"
+                f"{prefix}.qweight or {prefix}.weight. {way_out}"
             )
         if len(forms) > 1:
             raise ConvertError(f"{where}: {prefix!r} is there twice, as {' and as '.join(forms)}; expected one of them")

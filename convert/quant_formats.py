@@ -152,11 +152,11 @@ def encode_plain(raw: npt.NDArray[Any], dtype: str, qtype: GGMLType) -> tuple[U8
     Raises `UnrepresentableError` for values that are not finite or overflow f16.
     """
     rows = raw.reshape(-1, raw.shape[-1])
+    if not _all_finite(raw, dtype):
+        raise UnrepresentableError("holds values that are not finite (inf or nan)")
     if (dtype, qtype) in (("F32", GGMLType.F32), ("F16", GGMLType.F16), ("BF16", GGMLType.BF16)):
         return np.ascontiguousarray(rows).view(np.uint8), 0
     values = to_float32(rows, dtype)
-    if not np.isfinite(values).all():
-        raise UnrepresentableError("holds values that are not finite (inf or nan)")
     changed = int(np.count_nonzero(values != raw.reshape(values.shape))) if dtype == "F64" else 0
     if qtype == GGMLType.F32:
         return values.view(np.uint8), changed
@@ -175,6 +175,13 @@ def encode_plain(raw: npt.NDArray[Any], dtype: str, qtype: GGMLType) -> tuple[U8
         back = (encoded.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
         return encoded, int(np.count_nonzero(back.reshape(values.shape) != values))
     return encoded, 0
+
+
+def _all_finite(raw: npt.NDArray[Any], dtype: str) -> bool:
+    """Whether no stored value is inf or nan; bf16 comes as bits, whose exponent is then all ones."""
+    if dtype == "BF16":
+        return not bool(((raw & np.uint16(0x7F80)) == 0x7F80).any())
+    return bool(np.isfinite(raw).all())
 
 
 def is_f16_exact(raw: npt.NDArray[Any], dtype: str) -> bool:

@@ -50,6 +50,7 @@ def plan_target(table: TensorTable, config: Config, options: Options) -> Plan:
     _check_architecture(config)
     tensors = _plan_tensors(table, config, options)
     table.check_all_used()
+    check_zero_points(config, tensors)
     directory = table.checkpoint.directory
     vocab = load_vocab(directory, config.integer("vocab_size", 1, MAX_VOCAB))
     meta = Metadata()
@@ -92,6 +93,20 @@ def check_quantization(config: Config) -> None:
             _expect(weights, "actorder", ("weight", "static", False, None), way_out)
     else:
         raise quant.error("quant_method", "'compressed-tensors' or 'awq'", way_out)
+
+
+def check_zero_points(config: Config, tensors: list[PlannedTensor]) -> None:
+    """Raise `ConvertError` for a packed weight without zero points where every scheme of config.json has them."""
+    groups = config.section("quantization_config").section("config_groups")
+    symmetric = [groups.section(name).section("weights").opt_bool("symmetric") for name in groups.values]
+    if not symmetric or any(value is not False for value in symmetric):
+        return
+    for source in (source for tensor in tensors for source in tensor.sources):
+        if source.kind == SYMMETRIC:
+            raise ConvertError(
+                f"{source.weight.path}: tensor '{source.name}.weight_zero_point' is missing, and the config_groups of "
+                f"{config.path} say symmetric: false. Complete the download"
+            )
 
 
 def _expect(config: Config, key: str, allowed: tuple[object, ...], way_out: str = "") -> None:
@@ -231,6 +246,22 @@ def add_general(meta: Metadata, config: Config, name: str, tensors: list[Planned
     meta.u32("general.quantization_version", 2)
 
 
+def add_shape(meta: Metadata, arch: str, config: Config) -> None:
+    """Add the keys of layers and attention, which targets and drafters share."""
+    heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
+    if heads % kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of {heads} query heads")
+    meta.u32(f"{arch}.block_count", config.integer("num_hidden_layers"))
+    meta.u32(f"{arch}.context_length", config.integer("max_position_embeddings"))
+    meta.u32(f"{arch}.embedding_length", config.integer("hidden_size"))
+    meta.u32(f"{arch}.feed_forward_length", config.integer("intermediate_size"))
+    meta.u32(f"{arch}.attention.head_count", heads)
+    meta.u32(f"{arch}.attention.head_count_kv", kv_heads)
+    meta.u32(f"{arch}.attention.key_length", config.integer("head_dim"))
+    meta.u32(f"{arch}.attention.value_length", config.integer("head_dim"))
+    meta.f32(f"{arch}.attention.layer_norm_rms_epsilon", config.number("rms_norm_eps"))
+
+
 def _add_architecture(meta: Metadata, config: Config, options: Options) -> None:
     generation = Config.load_optional(config.path.parent / "generation_config.json")
     if generation.values.get("top_k") not in (None, 0, -1):
@@ -238,25 +269,14 @@ def _add_architecture(meta: Metadata, config: Config, options: Options) -> None:
     for key, source in (("top_p", "top_p"), ("temp", "temperature")):
         if generation.values.get(source) not in (None, 0):
             meta.f32(f"general.sampling.{key}", generation.number(source))
-    head_dim = config.integer("head_dim")
-    meta.u32(f"{ARCH}.block_count", config.integer("num_hidden_layers"))
-    meta.u32(f"{ARCH}.context_length", config.integer("max_position_embeddings"))
-    meta.u32(f"{ARCH}.embedding_length", config.integer("hidden_size"))
-    meta.u32(f"{ARCH}.feed_forward_length", config.integer("intermediate_size"))
-    meta.u32(f"{ARCH}.attention.head_count", config.integer("num_attention_heads"))
-    meta.u32(f"{ARCH}.attention.head_count_kv", config.integer("num_key_value_heads"))
-    meta.u32(f"{ARCH}.attention.key_length", head_dim)
-    meta.u32(f"{ARCH}.attention.value_length", head_dim)
-    meta.f32(f"{ARCH}.attention.layer_norm_rms_epsilon", config.number("rms_norm_eps"))
+    add_shape(meta, ARCH, config)
     meta.f32(f"{ARCH}.rope.freq_base", rope_theta(config))
-    meta.u32(f"{ARCH}.rope.dimension_count", _rotary_dim(config, head_dim, options))
+    meta.u32(f"{ARCH}.rope.dimension_count", _rotary_dim(config, config.integer("head_dim"), options))
     meta.u32(f"{ARCH}.expert_count", config.integer("num_local_experts"))
     meta.u32(f"{ARCH}.expert_used_count", config.integer("num_experts_per_tok", 1, config.integer("num_local_experts")))
     meta.u32(f"{ARCH}.expert_feed_forward_length", config.integer("intermediate_size"))
     meta.u32(f"{ARCH}.expert_gating_func", SIGMOID_GATING)
     meta.u32(f"{ARCH}.vocab_size", config.integer("vocab_size", 1, MAX_VOCAB))
-    if config.integer("num_attention_heads") % config.integer("num_key_value_heads"):
-        raise config.error("num_key_value_heads", f"a divisor of {config.integer('num_attention_heads')} query heads")
 
 
 def rope_theta(config: Config) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from .errors import ConvertError, listing
-from .hf_config import Config
+from .hf_config import Config, parse_json_object, read_bytes
 from .plan import Metadata
 
 PRE_TOKENIZER = "minimax-m2"  # llama.cpp's name for the o200k split pattern with MiniMax's special tokens
@@ -43,14 +43,10 @@ def load_vocab(directory: Path, vocab_size: int) -> Vocab:
     Raises `ConvertError` if it is missing, not byte-level BPE, or has ids beyond `vocab_size`.
     """
     path = directory / "tokenizer.json"
-    try:
-        text = path.read_bytes().decode("utf-8")
-        document = json.loads(text)
-    except OSError as error:
-        raise ConvertError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path}: not valid JSON ({error})") from error
-    model = document.get("model") if isinstance(document, dict) else None
+    content = read_bytes(path)
+    document = parse_json_object(path, content)
+    text = content.decode("utf-8")
+    model = document.get("model")
     if (
         not isinstance(model, dict)
         or model.get("type") != "BPE"

@@ -4,8 +4,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <cstring>
+#include <filesystem>
 
 #include "backend/cpu/cpu_backend.h"
 #include "core/error.h"
@@ -23,6 +25,8 @@ namespace py = pybind11;
 using namespace dflash;
 
 namespace {
+
+using Path = std::filesystem::path;  // names of any bytes, as os.fsdecode() writes them
 
 // GGUF strings may hold any bytes; people should see them, not a codec error.
 py::str to_str(std::string_view s) {
@@ -95,29 +99,31 @@ std::vector<int32_t> to_tokens(const py::object& object) {
   return out;
 }
 
-py::dict rope_dict(const RopeConfig& rope) {
+py::dict config_dict(const ModelConfig& c) {
   py::dict d;
-  d["n_rot"] = rope.n_rot;
-  d["rope_theta"] = rope.theta;
-  return d;
-}
-
-py::dict target_dict(const MiniMaxM2& m) {
-  const TargetConfig& c = m.config();
-  py::dict d = rope_dict(c.rope);
-  d["path"] = c.path;
+  d["path"] = to_str(c.path);
   d["name"] = to_str(c.name);
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
   d["n_head"] = c.n_head;
   d["n_head_kv"] = c.n_head_kv;
   d["head_dim"] = c.head_dim;
+  d["n_ff"] = c.n_ff;
+  d["rms_eps"] = c.eps;
+  d["n_rot"] = c.rope.n_rot;
+  d["rope_theta"] = c.rope.theta;
+  d["rope_inv_freq"] = c.rope.inv_freq;
+  d["rope_scale"] = c.rope.scale;
+  return d;
+}
+
+py::dict target_dict(const MiniMaxM2& m) {
+  const TargetConfig& c = m.config();
+  py::dict d = config_dict(c);
   d["n_expert"] = c.n_expert;
   d["n_expert_used"] = c.n_expert_used;
-  d["n_ff"] = c.n_ff;
   d["n_vocab"] = c.n_vocab;
   d["n_ctx_train"] = c.n_ctx_train;
-  d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
   d["bytes_per_token"] = m.bytes_per_token();
   d["expert_bytes_per_token"] = m.expert_bytes_per_token();
@@ -126,21 +132,12 @@ py::dict target_dict(const MiniMaxM2& m) {
 
 py::dict drafter_dict(const DFlashDrafter& m) {
   const DrafterConfig& c = m.config();
-  py::dict d = rope_dict(c.rope);
-  d["path"] = c.path;
-  d["name"] = to_str(c.name);
-  d["n_layer"] = c.n_layer;
-  d["n_embd"] = c.n_embd;
-  d["n_head"] = c.n_head;
-  d["n_head_kv"] = c.n_head_kv;
-  d["head_dim"] = c.head_dim;
-  d["n_ff"] = c.n_ff;
+  py::dict d = config_dict(c);
   d["block_size"] = c.block_size;
   d["target_layers"] = c.target_layers;
   d["mask_token_id"] = c.mask_token_id;
   d["sliding_window"] = c.sliding_window;
   d["causal"] = c.causal;
-  d["rms_eps"] = c.eps;
   d["weight_bytes"] = m.weight_bytes();
   d["head_type"] = std::string(dtype_info(m.head().type).name);
   d["head_bytes"] = m.head().bytes();
@@ -209,22 +206,27 @@ DType dtype_named(const std::string& name) {
   fail("type: one of ", known, " expected, found '", name, "'");
 }
 
+void read_shape(const py::dict& d, ModelConfig& c) {
+  c.n_layer = shape_int(d, "n_layer");
+  c.n_head = shape_int(d, "n_head");
+  c.n_head_kv = shape_int(d, "n_head_kv");
+  c.head_dim = shape_int(d, "head_dim");
+  c.n_ff = shape_int(d, "n_ff", 32);
+  check_heads(c);
+}
+
 TargetConfig target_shape(const py::dict& d) {
   TargetConfig c;
   c.path = "synthetic target";
-  c.n_layer = shape_int(d, "n_layer");
+  read_shape(d, c);
   c.n_embd = shape_int(d, "n_embd", 32);
-  c.n_head = shape_int(d, "n_head");
-  c.n_head_kv = shape_int(d, "n_head_kv");
-  c.head_dim = shape_int(d, "head_dim", 32);
   c.n_expert = shape_int(d, "n_expert");
   c.n_expert_used = shape_int(d, "n_expert_used");
-  c.n_ff = shape_int(d, "n_ff", 32);
   c.n_vocab = shape_int(d, "n_vocab", 2);
   c.eps = static_cast<float>(shape_float(d, "rms_eps", 1e-6));
   c.rope = make_rope(shape_int(d, "n_rot", 2), shape_float(d, "rope_theta", 5e6));
-  if (c.n_head % c.n_head_kv != 0 || c.n_expert_used > c.n_expert || c.rope.n_rot > c.head_dim) {
-    fail("synthetic shape: n_head a multiple of n_head_kv, n_expert_used <= n_expert and n_rot <= head_dim expected");
+  if (c.n_expert_used > c.n_expert || c.rope.n_rot > c.head_dim || c.rope.n_rot % 2 != 0) {
+    fail("synthetic shape: n_expert_used <= n_expert and an even n_rot <= head_dim expected");
   }
   return c;
 }
@@ -232,12 +234,8 @@ TargetConfig target_shape(const py::dict& d) {
 DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
   DrafterConfig c;
   c.path = "synthetic drafter";
-  c.n_layer = shape_int(d, "n_layer");
+  read_shape(d, c);
   c.n_embd = target.n_embd;
-  c.n_head = shape_int(d, "n_head");
-  c.n_head_kv = shape_int(d, "n_head_kv");
-  c.head_dim = shape_int(d, "head_dim", 32);
-  c.n_ff = shape_int(d, "n_ff", 32);
   c.block_size = shape_int(d, "block_size", 2);
   c.mask_token_id = target.n_vocab - 1;
   c.target_layers = d["target_layers"].cast<std::vector<int>>();
@@ -245,7 +243,6 @@ DrafterConfig drafter_shape(const py::dict& d, const TargetConfig& target) {
   c.rope = make_rope(c.head_dim, shape_float(d, "rope_theta", 5e6));
   c.causal.assign(static_cast<size_t>(c.n_layer), false);
   c.sliding_window.assign(static_cast<size_t>(c.n_layer), 0);
-  if (c.n_head % c.n_head_kv != 0) fail("synthetic shape: n_head a multiple of n_head_kv expected");
   return c;
 }
 
@@ -257,15 +254,16 @@ std::shared_ptr<py::object> hold(const py::object& object) {
   });
 }
 
-// A Python callable as the sampler's hook: the GIL is taken for the call, the row is writable in place.
+// A Python callable as the sampler's hook: the GIL is taken for the call. It changes an array of its own, which may
+// outlive the row.
 std::function<void(const std::vector<int32_t>&, float*, int64_t)> wrap_hook(const py::object& callable) {
   if (callable.is_none()) return nullptr;
   const std::shared_ptr<py::object> held = hold(callable);
   return [held](const std::vector<int32_t>& history, float* logits, int64_t n_vocab) {
     py::gil_scoped_acquire gil;
-    const py::capsule borrowed(logits, [](void*) {});
-    (*held)(to_array(history, {static_cast<py::ssize_t>(history.size())}),
-            py::array_t<float>({static_cast<py::ssize_t>(n_vocab)}, logits, borrowed));
+    const py::array_t<float> row(static_cast<py::ssize_t>(n_vocab), logits);  // a copy
+    (*held)(to_array(history, {static_cast<py::ssize_t>(history.size())}), row);
+    std::memcpy(logits, row.data(), static_cast<size_t>(n_vocab) * sizeof(float));
   };
 }
 
@@ -297,9 +295,9 @@ void bind_gguf(py::module_& m) {
       .def_property_readonly("nbytes", [](const Gguf::Tensor& t) { return t.bytes; });
 
   py::class_<Gguf, std::shared_ptr<Gguf>>(m, "Gguf")
-      .def(py::init([](const std::string& path) { return std::const_pointer_cast<Gguf>(Gguf::open(path)); }),
+      .def(py::init([](const Path& path) { return std::const_pointer_cast<Gguf>(Gguf::open(path.string())); }),
            py::arg("path"))
-      .def_property_readonly("path", &Gguf::path)
+      .def_property_readonly("path", [](const Gguf& g) { return to_str(g.path()); })
       .def_property_readonly("version", &Gguf::version)
       .def_property_readonly("file_bytes", [](const Gguf& g) { return g.file().size(); })
       .def_property_readonly("keys",
@@ -322,7 +320,7 @@ void bind_gguf(py::module_& m) {
 
 void bind_model(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-      .def(py::init([](const std::string& target, const std::optional<std::string>& drafter, const std::string& backend,
+      .def(py::init([](const Path& target, const std::optional<Path>& drafter, const std::string& backend,
                        int n_threads, bool precise, const std::string& cpu_isa, bool repack, const std::string& numa,
                        const py::object& progress, int tap_shift, std::optional<int32_t> mask_token_id,
                        std::optional<int> n_ctx, const std::string& kv_type, int n_batch,
@@ -341,7 +339,8 @@ void bind_model(py::module_& m) {
              planned.kv_type = kv_type;
              planned.n_batch = n_batch;
              py::gil_scoped_release release;
-             return Model::load(target, drafter.value_or(""), options, report, drafting, n_ctx ? &planned : nullptr);
+             return Model::load(target.string(), drafter.value_or("").string(), options, report, drafting,
+                                n_ctx ? &planned : nullptr);
            }),
            py::arg("target"), py::arg("drafter") = py::none(), py::kw_only(), py::arg("backend") = "auto",
            py::arg("n_threads") = 0, py::arg("precise") = false, py::arg("cpu_isa") = "auto", py::arg("repack") = true,

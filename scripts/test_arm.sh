@@ -19,9 +19,7 @@ cmake --build "$work/build" -j "$(nproc)" --target test_cpu_ops test_instruction
 
 pair=()
 if command -v dflash-cpp >/dev/null; then  # the embedded pair; without the package, random weights
-  models=python/dflash_cpp/models
-  dflash-cpp convert "$models/nano-m2" -o "$work/target.gguf"
-  dflash-cpp convert "$models/nano-m2-dflash" --target-model "$models/nano-m2" -o "$work/drafter.gguf"
+  scripts/nano_pair.sh "$work"
   pair=("$work/target.gguf" "$work/drafter.gguf")
 fi
 on() { qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu "$1" "$work/build/tests/cpp/$2" "${@:3}"; }

@@ -23,9 +23,6 @@ cmake --build "$work/build" -j "$(nproc)" --target gpu_test_ops gpu_test_engine 
 "$work/build/csrc/backend/hip/gpu_test_ops" "${quick[@]}"
 "$work/build/csrc/gpu_test_engine" sampling quick
 if command -v dflash-cpp >/dev/null; then
-  models=python/dflash_cpp/models
-  dflash-cpp convert "$models/nano-m2" -o "$work/target.gguf"
-  dflash-cpp convert "$models/nano-m2-dflash" --target-model "$models/nano-m2" -o "$work/drafter.gguf"
-  echo "1 5 9 17 33 65 20 40 80 100 120 7 8 9 14 3 77 60 2 31" > "$work/prompts"
+  scripts/nano_pair.sh "$work"
   "$work/build/csrc/gpu_test_pairs" "$work/target.gguf" "$work/drafter.gguf" "$work/prompts" 1 quick
 fi

@@ -29,10 +29,7 @@ interpreted "counts $build/counts_ops.txt" "$tests/gpu_test_ops" "${quick[@]}"
 interpreted "reverse_waves 1, reverse_groups 1" "$tests/gpu_test_ops" "${quick[@]}"
 interpreted "" "$build/csrc/gpu_test_engine" sampling quick
 if command -v dflash-cpp >/dev/null; then
-  models=python/dflash_cpp/models
-  dflash-cpp convert "$models/nano-m2" -o "$work/target.gguf"
-  dflash-cpp convert "$models/nano-m2-dflash" --target-model "$models/nano-m2" -o "$work/drafter.gguf"
-  echo "1 5 9 17 33 65 20 40 80 100 120 7 8 9 14 3 77 60 2 31" > "$work/prompts"
+  scripts/nano_pair.sh "$work"
   interpreted "counts $build/counts_pair.txt" "$build/csrc/gpu_test_pairs" "$work/target.gguf" "$work/drafter.gguf" \
     "$work/prompts" 1 quick
 fi

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dflash_cpp import DFlashError, _core, plots
+from dflash_cpp import CapacityError, DFlashError, _core, plots
 from dflash_cpp.benchmark import SHAPES, Benchmark, BenchOptions, break_even, fit_exponent, synthetic_shape, tables
 from dflash_cpp.cli import main
 
@@ -117,19 +117,36 @@ def test_shapes() -> None:
     assert max(drafter["target_layers"]) <= 4
     assert synthetic_shape("n_layer=3")[0]["n_embd"] == 3072
     assert SHAPES["m2.7"][0]["n_layer"] == 62, "the table is not changed"
-    for text, message in (("big", "expected one of"), ("m2.7,foo=1", "expected keys"), ("m2.7,n_layer=x", "a number")):
+    for text, message in (
+        ("big", "expected one of"),
+        ("m2.7,foo=1", "expected keys"),
+        ("m2.7,n_layer=x", "a number"),
+        ("n_vocab=99999999999", "n_vocab.*16777215.*99999999999"),
+        ("n_ff=0", "n_ff"),
+    ):
         with pytest.raises(DFlashError, match=message):
             synthetic_shape(text)
 
 
 def test_wrong_options_are_refused(tiny: _core.Model) -> None:
-    for options, message in (
-        (BenchOptions(depths=(16,)), "depths"),
-        (BenchOptions(rounds=0), "rounds"),
-        (BenchOptions(contexts=()), "contexts"),
-    ):
+    with pytest.raises(DFlashError, match="depths"):
+        Benchmark(tiny, BenchOptions(depths=(16,)))
+    for options in ({"rounds": 0}, {"max_tokens": 1}, {"contexts": ()}, {"contexts": (0,)}, {"temperature": -1.0}):
+        with pytest.raises(DFlashError, match=next(iter(options))):
+            BenchOptions(**options)  # type: ignore[arg-type]
+
+
+def test_shapes_that_cannot_run_are_refused_at_once() -> None:
+    for part, message in (("n_head=7", "not a multiple of"), ("head_dim=48", "a multiple of 32"), ("n_rot=33", "even")):
+        target, drafter = synthetic_shape(f"mini,{part}")
         with pytest.raises(DFlashError, match=message):
-            Benchmark(tiny, options)
+            _core.Model.synthetic(target, drafter, n_threads=1)
+    target, drafter = synthetic_shape("mini,drafter_head_dim=48")
+    with pytest.raises(DFlashError, match=r"synthetic drafter.*a multiple of 32"):
+        _core.Model.synthetic(target, drafter, n_threads=1)
+    target, drafter = synthetic_shape("m2.7,n_layer=62000")
+    with pytest.raises(CapacityError, match=r"synthetic: \d.* TiB of weights needed.*fewer layers"):
+        _core.Model.synthetic(target, drafter, n_threads=1)
 
 
 def compare_module() -> Any:
@@ -180,5 +197,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "decode" in capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())
     assert np.isfinite(found["decode"][0]["tokens_per_s"]["median"])
+    for flag in ("--json", "--plot"):  # before minutes of measuring
+        assert main(["bench", "--target", "nothing.gguf", flag, str(tmp_path / "no" / "file")]) == 2
+        message = capsys.readouterr().err
+        assert f"{flag}: expected a file that can be written" in message or "matplotlib" in message
     assert main(["bench"]) == 2
     assert "either --target or --synthetic" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from conftest import Ids
-from dflash_cpp import DFlashError, Engine
+from dflash_cpp import CapacityError, DFlashError, Engine
 from dflash_cpp import capture as module
 from dflash_cpp.capture import FP8_MAX, CaptureOptions, capture, fp8_values, to_bf16, to_fp8
 from dflash_cpp.cli import main
@@ -120,9 +121,46 @@ def test_an_interrupted_run_goes_on(
         capture(engine, samples, tmp_path, CaptureOptions(max_tokens=5))
 
 
+def test_every_prompt_has_a_seed_of_its_own(engine: Engine, prompts: list[Ids], tmp_path: Path) -> None:
+    sample = Sample("p", np.array(prompts[0], dtype=np.int32))
+    options = CaptureOptions(max_tokens=16, temperature=1.0, seed=7, ignore_eos=True)
+    shards = read_corpus(capture(engine, [sample, sample], tmp_path, options), None, engine.n_vocab)
+    for i, shard in enumerate(shards):
+        answer = engine.generate(prompts[0], max_tokens=16, temperature=1.0, seed=7 + i, ignore_eos=True)
+        assert shard.tokens.tolist() == [*prompts[0], *answer.tokens]
+    assert shards[0].tokens.tolist() != shards[1].tokens.tolist()
+
+
+def test_a_folder_of_other_prompts_is_refused(engine: Engine, prompts: list[Ids], tmp_path: Path) -> None:
+    samples = [Sample(str(i), np.array(p, dtype=np.int32)) for i, p in enumerate(prompts[:2])]
+    options = CaptureOptions(max_tokens=4, ignore_eos=True)
+    capture(engine, samples, tmp_path, options)
+    with pytest.raises(DFlashError, match=r"000000\.safetensors: it was made from another prompt than 1"):
+        capture(engine, samples[::-1], tmp_path, options)
+
+
+def test_a_run_that_failed_at_once_leaves_the_folder_usable(
+    engine: Engine, prompts: list[Ids], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sample("p", np.array(prompts[0], dtype=np.int32))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_capture_one", lambda *args: signal.raise_signal(signal.SIGINT))
+        capture(engine, [sample], tmp_path, CaptureOptions(max_tokens=9))
+    (path,) = capture(engine, [sample], tmp_path, CaptureOptions(max_tokens=4, ignore_eos=True))
+    assert json.loads((tmp_path / "capture.json").read_text())["options"]["max_tokens"] == 4
+    assert path.is_file()
+
+
 def test_wrong_input_is_refused(engine: Engine, make_engine: Callable[..., Engine], tmp_path: Path) -> None:
     with pytest.raises(DFlashError, match="dtype"):
         CaptureOptions(dtype="fp4")
+    for options in ({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"seed": -1}):
+        with pytest.raises(DFlashError, match=next(iter(options))):
+            CaptureOptions(**options)  # type: ignore[arg-type]
+    long = [Sample("p0", np.ones(3, np.int32)), Sample("p1", np.ones(engine.n_ctx + 1, np.int32))]
+    with pytest.raises(CapacityError, match=r"p1.*n_ctx"):
+        capture(engine, long, tmp_path / "none", CaptureOptions())
+    assert not (tmp_path / "none").exists()
     with pytest.raises(DFlashError, match="tapped"):
         capture(make_engine("nano", drafter=False), [], tmp_path, CaptureOptions())
     with pytest.raises(DFlashError, match="finite"):

@@ -103,6 +103,7 @@ def test_what_templates_may_call() -> None:
         "{{ 1 / 0 }}",
         "{{ 'a' + 1 }}",
         "{{ range(10 ** 9) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_templates_are_confined(source: str) -> None:
@@ -114,8 +115,9 @@ def test_templates_are_confined(source: str) -> None:
 
 
 def test_templates_that_do_not_parse() -> None:
+    template = ChatTemplate("{% if %}")  # the model can still continue texts
     with pytest.raises(DFlashError, match="chat template"):
-        ChatTemplate("{% if %}")
+        template.render([USER])
 
 
 def test_replies(tokenizer: Tokenizer) -> None:
@@ -133,6 +135,9 @@ def test_replies(tokenizer: Tokenizer) -> None:
         "content": "Yes.",
     }
     assert parse_reply(tokenizer, "", tokenizer.encode("Yes. STOP"), " STOP")["content"] == "Yes."
+    assert parse_reply(tokenizer, "", tokenizer.encode("Yes...."), ".")["content"] == "Yes", "the first one ended it"
+    stopped = parse_reply(tokenizer, prompt, tokenizer.encode("I am. No"), ".")
+    assert (stopped["content"], stopped["reasoning_content"]) == ("", "I am")
 
 
 def test_chat_equals_its_rendered_prompt(engine: Engine, template: ChatTemplate) -> None:

@@ -17,7 +17,7 @@ import dflash_cpp
 from dflash_cpp import Engine, cli, doctor
 from dflash_cpp.demo import embedded_model_dir
 
-COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo"]
+COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo", "eval", "bench", "selftest", "capture"]
 
 
 def dflash(*args: str, text: str | None = "", code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,9 @@ def test_generate(nano_path: Path, nano_drafter_path: Path) -> None:
     with Engine(nano_path, n_ctx=512) as engine:
         assert plain == engine.generate("import os\n", max_tokens=20).text + "\n"
     drafted = dflash(
-        *common, "--drafter", str(nano_drafter_path), "--depth", "4", "--no-lookup", "--stats", text="import os\n"
+        *("generate", "-m", str(nano_path), "-md", str(nano_drafter_path), "-c", "512", "-t", "1", "-n", "20"),
+        *("--depth", "4", "--no-lookup", "--stats"),
+        text="import os\n",
     )
     assert drafted.stdout == plain
     assert "tokens per step" in drafted.stderr
@@ -101,6 +103,8 @@ def test_user_errors(nano_path: Path, tmp_path: Path) -> None:
     assert "temperature" in one_line(dflash(*target, "-p", "x", "--temperature", "-1", code=2))
     assert "prompt" in one_line(dflash(*target, code=2))
     assert "n_ctx = 16" in one_line(dflash(*target, "-p", "long " * 50, "--n-ctx", "16", code=2))
+    early = (*target, "-p", "long " * 50, "--n-ctx", "16", "--drafter", str(nano_path))
+    assert "n_ctx = 16" in one_line(dflash(*early, code=2)), "before the weights are loaded"
     assert "cpu_isa" in one_line(dflash(*target, "-p", "x", "--cpu-isa", "sse9", code=2))
     assert "no.txt" in one_line(dflash(*target, "--prompt-file", str(tmp_path / "no.txt"), code=2))
     assert "--depth" in dflash(*target, "-p", "x", "--depth", "some", code=2).stderr
@@ -122,6 +126,24 @@ def test_a_reader_that_goes_away(nano_path: Path) -> None:
     assert b"BrokenPipe" not in done.stderr
 
 
+def test_streams_as_shells_leave_them(nano_path: Path) -> None:
+    """A full disk, a closed stream, and a terminal that knows no Unicode."""
+    command = f"{sys.executable} -m dflash_cpp generate -m {nano_path} -n 30 --temperature 3 --seed 3 --ignore-eos"
+    for redirect, code, message in (
+        ("-p x > /dev/full", 1, "standard output cannot be written"),
+        ("-p x >&-", 0, ""),
+        ("<&-", 2, "prompt: expected text, found an empty string"),
+        ("-p '# naïve ☃ '", 0, ""),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {redirect}"], capture_output=True, timeout=120, check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert message in done.stderr.decode()
+        assert done.stderr.count(b"\n") == (1 if message else 0), done.stderr
+
+
 def test_chat(nano_path: Path, nano_drafter_path: Path) -> None:
     lines = "Write a module.\n/stats\n/help\n\nAnd a test.\n/reset\n/stats\nHello\n/quit\nnever read\n"
     done = dflash("chat", "--target", str(nano_path), "--drafter", str(nano_drafter_path), "-n", "10", text=lines)
@@ -129,6 +151,11 @@ def test_chat(nano_path: Path, nano_drafter_path: Path) -> None:
     assert "started over" in done.stderr
     assert "no answer yet" in done.stderr
     assert len(done.stdout.strip()) > 10
+    done = dflash(
+        "chat", "--target", str(nano_path), "-n", "3", "--n-ctx", "64", text=f"{'long ' * 99}\nHello\n/stats\n"
+    )
+    assert "n_ctx = 64" in done.stderr, "what cannot be said is refused"
+    assert "tokens per step" in done.stderr, "and the conversation goes on"
     dflash("chat", "--target", str(nano_path), "--system", "Be brief.", "-n", "3", text="Hi\n")
 
 

@@ -61,6 +61,13 @@ def file(name: str, content: Any) -> Callable[[cf.Model], None]:
     return lambda m: m.files.__setitem__(name, content)
 
 
+def fused_experts(model: cf.Model) -> None:
+    """All experts of a layer in one tensor, as transformers 5 holds them in memory."""
+    for name in [name for name in model.tensors if ".experts." in name]:
+        del model.tensors[name]
+    put("model.layers.0.mlp.experts.gate_up_proj", "BF16", 3, 256, 128)(model)
+
+
 QC = "quantization_config"
 TARGET_ERRORS: list[tuple[Callable[[cf.Model], None], str]] = [
     # tensors
@@ -83,6 +90,7 @@ TARGET_ERRORS: list[tuple[Callable[[cf.Model], None], str]] = [
     (put("model.layers.0.block_sparse_moe.gate.weight", "BF16", 4, 128), r"gate.weight.*\[3, 128\].*\[4, 128\]"),
     (put("model.layers.0.input_layernorm.weight", "F8_E4M3", 128), r"expected type .*found F8_E4M3.*fp8"),
     (put("model.embed_tokens.weight", "BF16", 47, 128), r"embed_tokens.*\[48, 128\].*found \[47, 128\]"),
+    (fused_experts, r"experts.0.w1'.*Fused experts.*gate_up_proj.*one tensor for each expert"),
     # quantisation config
     (conf(f"{QC}.quant_method", "gptq"), r"quant_method: expected 'compressed-tensors' or 'awq', found 'gptq'"),
     (conf(f"{QC}.quant_method", "fp8"), r"found 'fp8'"),
@@ -92,6 +100,7 @@ TARGET_ERRORS: list[tuple[Callable[[cf.Model], None], str]] = [
     (conf(f"{QC}.config_groups.group_0.weights.actorder", "group"), r"actorder: expected .*found 'group'"),
     (conf(f"{QC}.config_groups.group_0.weights.strategy", "block"), r"strategy: expected 'group'"),
     (conf(f"{QC}.config_groups.group_0.input_activations", {"num_bits": 8}), r"input_activations: expected null"),
+    (conf(f"{QC}.config_groups.group_0.weights.symmetric", False), r"q_proj.weight_zero_point.*symmetric.*false"),
     (conf(QC, {"quant_method": "awq", "bits": 4, "version": "gemv"}), r"version: expected 'gemm', found 'gemv'"),
     (conf(QC, {"quant_method": "awq", "bits": 8, "version": "gemm"}), r"bits: expected 4, found 8"),
     # architecture
@@ -113,6 +122,7 @@ TARGET_ERRORS: list[tuple[Callable[[cf.Model], None], str]] = [
     (conf("num_experts_per_tok", 9), r"num_experts_per_tok: expected an integer from 1 to 3, found 9"),
     # tokenizer
     (file("tokenizer.json", "{"), r"tokenizer.json: not valid JSON"),
+    (file("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"), r"tokenizer.json: .*git lfs pull"),
     (file("tokenizer.json", {"model": {"type": "Unigram"}}), r"tokenizer.json: expected a byte-level BPE"),
     (file("tokenizer.json", cf.tokenizer_json(60)), r"token .* has id 48; expected 0 to 47.*vocab_size"),
     (file("tokenizer_config.json", {"bos_token": "nope"}), r"bos_token: expected a token of tokenizer.json"),
@@ -146,7 +156,8 @@ DRAFTER_ERRORS: list[tuple[Callable[[cf.Model], None], str]] = [
     (conf("dflash_config.mask_token_id", None), r"mask_token_id: expected a token id.*missing"),
     (conf("dflash_config.block_size", 4), r"block_size: expected 8"),
     (conf("dflash_config.selector_rank", 256), r"selector_rank: expected a DFlash v1 drafter"),
-    (conf("block_size", None), r"block_size: expected an integer of 2 or more"),
+    (conf("block_size", None), r"block_size: expected an integer from 2 to 256"),
+    (conf("block_size", 257), r"block_size: expected an integer from 2 to 256.*257"),
     (conf("layer_types", ["full_attention"]), r"layer_types: expected 2 of"),
     (conf("layer_types", ["full_attention", 1]), r"layer_types: expected 2 of"),
     (conf("layer_types", ["sliding_attention"] * 2), r"sliding_window: expected the window size"),
@@ -212,6 +223,15 @@ def test_values_beyond_f16(tmp_path: Path) -> None:
     refused(tmp_path, model, r"q_proj.weight.*holds .*beyond f16's 65504; choose bf16 or f32", outtype="f16")
     model.tensors[f"{Q}.weight"][1][3, 3] = 0x7FC0
     refused(tmp_path, model, r"q_proj.weight.*not finite", outtype="q8_0")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "model.norm"])
+@pytest.mark.parametrize("form", ["BF16", "F16", "F32"])
+def test_weights_that_are_not_finite(tmp_path: Path, name: str, form: str) -> None:
+    model = cf.make_target(6, plain=form)
+    weights = model.tensors[f"{name}.weight"][1]
+    weights.flat[7] = 0x7F80 if form == "BF16" else np.nan
+    refused(tmp_path, model, rf"{name}.weight' .*not finite")
 
 
 def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
@@ -339,6 +359,11 @@ def test_shard_errors(tmp_path: Path) -> None:
         (folder / index).write_text(text)
         with pytest.raises(ConvertError, match=pattern):
             Checkpoint(folder)
+    folder = fresh("pointer")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4000000000\n"
+    (folder / "model-00002-of-00003.safetensors").write_bytes(pointer)
+    with pytest.raises(ConvertError, match=r"00002-of-00003.*Git LFS pointer.*git lfs pull"):
+        Checkpoint(folder)
     folder = fresh("twice")
     part = {"model.norm.weight": model.tensors["model.norm.weight"]}
     cf.write_safetensors(folder / "model-00001-of-00003.safetensors", part)

@@ -70,6 +70,18 @@ def test_target_metadata(tmp_path: Path) -> None:
     assert "dflash_cpp.eos_token_ids" not in meta
 
 
+def test_what_the_defaults_hide(tmp_path: Path) -> None:
+    model = cf.make_target(1, plain="F32")  # most tensors are F32, most bytes are Q4_0
+    model.config["rope_parameters"] = {"rope_theta": 1e4}
+    model.files["tokenizer_config.json"] |= {"add_eos_token": True}
+    model.files["tokenizer.json"]["model"]["merges"] = [["A ", "B"], "C D"]
+    meta = metadata(model, tmp_path)
+    assert meta["general.file_type"] == 2
+    assert meta["minimax-m2.rope.freq_base"] == 5e6, "the top level says it, too"
+    assert meta["tokenizer.ggml.add_eos_token"] is True
+    assert meta["tokenizer.ggml.merges"] == ["A\u0120 B", "C D"], "a space inside a half is shifted"
+
+
 def test_tensor_names_are_llama_cpps(tmp_path: Path) -> None:
     """The gguf package's own table for the architecture names every tensor that is written."""
     import gguf
@@ -219,6 +231,18 @@ def test_qwen_rule_for_windows(tmp_path: Path) -> None:
     del model.config["layer_types"]
     model.config |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     assert drafter_metadata(model, tmp_path)["dflash.attention.sliding_window_pattern"] == [False, True, True]
+
+
+def test_options_in_dflash_config(tmp_path: Path) -> None:
+    model = cf.make_drafter(8, layers=2)
+    del model.config["layer_types"]
+    model.config["dflash_config"] |= {"use_swa": True, "swa_window_size": 9, "causal": True}
+    model.config["partial_rotary_factor"] = 0.5
+    meta = drafter_metadata(model, tmp_path)
+    assert meta["dflash.attention.sliding_window"] == 9
+    assert meta["dflash.attention.sliding_window_pattern"] == [True, True]
+    assert meta["dflash.attention.causal"] is True
+    assert meta["dflash.rope.dimension_count"] == 16
 
 
 def test_drafter_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,21 @@ BAD_OPTIONS = [
     ({"depth": 16}, r"depth.*0\.\.15.*16"),
     ({"depth": "deep"}, "depth.*deep"),
     ({"depth": True}, "depth.*True"),
+    ({"top_p": 1e-300}, "top_p.*1e-300"),
+    ({"temperature": 1e300}, r"temperature.*1e\+300"),
     ({"repetition_penalty": 0}, "repetition_penalty.*0"),
+    ({"repetition_penalty": 1e-40}, r"repetition_penalty.*1e-6\.\.1e6.*1e-40"),
+    ({"repetition_penalty": 1e308}, r"repetition_penalty.*1e\+308"),
     ({"presence_penalty": math.inf}, "presence_penalty.*inf"),
+    ({"presence_penalty": -1e308}, r"presence_penalty.*-1e\+308"),
+    ({"frequency_penalty": 3e38}, r"frequency_penalty.*1e\+30.*3e\+38"),
     ({"frequency_penalty": None}, "frequency_penalty.*None"),
     ({"penalty_last_n": -2}, "penalty_last_n.*-2"),
     ({"logit_bias": [1]}, "logit_bias.*mapping"),
     ({"logit_bias": {1: math.nan}}, "logit_bias.*nan"),
+    ({"logit_bias": {1: 1e39}}, r"logit_bias of token 1.*1e\+39"),
     ({"logit_bias": {-1: 0.0}}, "logit_bias.*-1"),
+    ({"logit_bias": {2**40: 0.0}}, "logit_bias.*1099511627776"),
     ({"logit_bias": {5000: 1.0}}, "logit_bias.*5000"),
     ({"logits_hook": 3}, "logits_hook.*3"),
     ({"ignore_eos": 1}, "ignore_eos.*1"),
@@ -89,11 +98,36 @@ def test_a_prompt_longer_than_the_context(engine: Engine) -> None:
     assert engine.generate([5] * 1024).finish_reason == "context"
 
 
+def test_extreme_values_that_are_in_range(engine: Engine) -> None:
+    expected = engine.generate("def f(", max_tokens=8)
+    extreme = {"repetition_penalty": 1e6, "presence_penalty": -1e30, "frequency_penalty": -1e30}
+    for options in (extreme, {"logit_bias": {5: 1e30}}, {"temperature": 1e38, "seed": 1}, {"top_k": 2**31 - 1}):
+        assert len(engine.generate("def f(", max_tokens=8, ignore_eos=True, **options).tokens) == 8
+    assert engine.generate("def f(", max_tokens=2**70).finish_reason in ("stop", "context")
+    assert engine.generate("def f(", max_tokens=8).tokens == expected.tokens
+
+
 def test_prompt_and_messages(engine: Engine) -> None:
     with pytest.raises(DFlashError, match="both"):
         engine.generate("a", messages=[{"role": "user", "content": "b"}])
     with pytest.raises(DFlashError, match="tools"):
         engine.generate("a", tools=[])
+    for tools in (3, "f", {"name": "f"}, [3]):
+        with pytest.raises(DFlashError, match="tools: expected a list of mappings"):
+            engine.chat([{"role": "user", "content": "a"}], tools=tools)  # type: ignore[arg-type]
+
+
+def test_detokenize(engine: Engine) -> None:
+    assert engine.detokenize([]) == ""
+    assert engine.detokenize(np.array(engine.tokenize("import os"))) == "import os"
+    for ids, message in (
+        ("abc", "tokens.*str"),
+        ([-1], "tokens.*-1"),
+        ([1024], "tokens.*1024"),
+        ([1.5], "tokens.*1.5"),
+    ):
+        with pytest.raises(DFlashError, match=message):
+            engine.detokenize(ids)  # type: ignore[arg-type]
 
 
 BAD_ENGINE_OPTIONS = [
@@ -123,6 +157,12 @@ def test_more_context_than_memory(nano_path: Path) -> None:
         Engine(nano_path, n_ctx=2**25)
 
 
+@pytest.mark.parametrize("n_threads", [-1, 4097])
+def test_threads_of_the_compiled_model(n_threads: int, nano_path: Path) -> None:
+    with pytest.raises(DFlashError, match=f"n_threads: 0 .* to 4096 expected, found {n_threads}"):
+        _core.Model(str(nano_path), n_threads=n_threads)
+
+
 def test_files_that_are_not_there(nano_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DFlashError, match=r"target.*nothing\.gguf.*found nothing"):
         Engine(tmp_path / "nothing.gguf")
@@ -147,11 +187,23 @@ def test_files_that_are_not_gguf(nano_path: Path, tmp_path: Path) -> None:
 
 def test_a_truncated_file(nano_path: Path, tmp_path: Path) -> None:
     data = nano_path.read_bytes()
-    for size in (len(data) - 1, len(data) // 2, 5000, 30):
+    for size in (len(data) - 1, len(data) // 2, 5000, 1000, 30):
         path = tmp_path / f"cut{size}.gguf"
         path.write_bytes(data[:size])
-        with pytest.raises(DFlashError, match=rf"cut{size}\.gguf"):
+        with pytest.raises(DFlashError, match=rf"cut{size}\.gguf: truncated.*copy or convert the file again"):
             Engine(path)
+
+
+def test_a_part_of_a_split_file(tmp_path: Path) -> None:
+    """Large files of other converters come in parts; the second one has neither architecture nor tokenizer."""
+    path = tmp_path / "m2-00002-of-00003.gguf"
+    keys = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack("<IH", 2, value)  # uint16
+        for name, value in ((b"split.no", 1), (b"split.count", 3))
+    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys)
+    with pytest.raises(DFlashError, match=r"m2-00002.*part 2 of 3.*llama-gguf-split --merge"):
+        Engine(path)
 
 
 def test_swapped_roles(nano_path: Path, nano_drafter_path: Path) -> None:
@@ -229,6 +281,47 @@ def test_a_drafter_of_another_target(gguf_path: Callable[[str], Path], nano_path
         Engine(nano_path, gguf_path("mini-m2-dflash"))
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "message"),
+    [
+        ("dflash.target.block_count", 6, 48, r"target\.block_count.*6 expected, found 48.*another target"),
+        ("dflash.vocab_size", 1024, 200064, r"vocab_size.*1024 expected, found 200064.*another target"),
+    ],
+)
+def test_a_drafter_of_a_target_of_the_same_width(
+    key: str, old: int, new: int, message: str, nano_path: Path, nano_drafter_path: Path, tmp_path: Path
+) -> None:
+    path = patched(nano_drafter_path, tmp_path / "other.gguf", key, u32(old), u32(new))
+    with pytest.raises(DFlashError, match=message):
+        Engine(nano_path, path)
+
+
+def test_paths_of_any_bytes(nano_path: Path, nano_drafter_path: Path, tmp_path: Path) -> None:
+    names = [tmp_path / "żółć 日本 ☃.gguf", Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.gguf"))]
+    for path, source in zip(names, (nano_drafter_path, nano_path), strict=True):
+        path.write_bytes(source.read_bytes())
+    with Engine(names[1], names[0], n_ctx=64) as engine:
+        assert engine.generate("import ", max_tokens=2).tokens
+    with pytest.raises(DFlashError, match=r"general\.architecture"):
+        Engine(nano_path, names[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 0}, {"temperature": 1.0}, {"repetition_penalty": 1.1}])
+@pytest.mark.parametrize("name", ["output_norm.weight", "token_embd.weight"])
+def test_weights_that_are_no_numbers(
+    name: str, options: dict[str, Any], nano_path: Path, nano_drafter_path: Path, tmp_path: Path
+) -> None:
+    """A damaged file must not answer with token 0 for ever."""
+    data = bytearray(nano_path.read_bytes())
+    tensor = next(t for t in _core.Gguf(str(nano_path)).tensors if t.name == name)
+    nan = {"F32": struct.pack("<f", math.nan), "BF16": b"\xc0\x7f"}[tensor.type]
+    data[tensor.offset : tensor.offset + tensor.nbytes] = nan * (tensor.nbytes // len(nan))
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(data)
+    with Engine(path, nano_drafter_path, n_ctx=64) as engine, pytest.raises(DFlashError, match=r"NaN.*damaged"):
+        engine.generate("import ", max_tokens=3, **options)
+
+
 def test_a_tensor_that_is_missing_is_named(nano_path: Path, tmp_path: Path) -> None:
     data = nano_path.read_bytes()
     name = b"blk.2.attn_k.weight"
@@ -237,6 +330,19 @@ def test_a_tensor_that_is_missing_is_named(nano_path: Path, tmp_path: Path) -> N
     path.write_bytes(data.replace(name, b"blk.2.attn_X.weight"))
     with pytest.raises(DFlashError, match=r"renamed\.gguf.*blk\.2\.attn_k\.weight"):
         Engine(path)
+
+
+def test_names_that_appear_twice(nano_path: Path, tmp_path: Path) -> None:
+    data, path = nano_path.read_bytes(), tmp_path / "twice.gguf"
+    for name, other in (
+        (b"blk.2.attn_k.weight", b"blk.1.attn_k.weight"),
+        (b"minimax-m2.attention.head_count_kv", b"minimax-m2.attention.head_count"),
+    ):
+        old, new = (struct.pack("<Q", len(n)) + n for n in (name, other))
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(DFlashError, match=f"{other.decode()}' appears twice"):
+            Engine(path)
 
 
 def test_a_missing_tensor_by_name(nano_path: Path) -> None:
@@ -269,7 +375,8 @@ def test_a_closed_engine(nano_path: Path) -> None:
     engine = Engine(nano_path, n_ctx=64)
     engine.close()
     engine.close()
-    for use in (lambda: engine.generate("a"), lambda: engine.logits("a"), engine.reset, lambda: engine.n_ctx):
+    uses = [lambda: engine.generate("a"), lambda: engine.logits("a"), engine.reset, lambda: engine.n_ctx]
+    for use in (*uses, lambda: engine.block_size, lambda: engine.session_stats, lambda: engine.taps("a")):
         with pytest.raises(DFlashError, match="closed"):
             use()
 
@@ -289,6 +396,27 @@ def test_an_error_in_a_hook_comes_through(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError, match="mine"):
         engine.generate("import ", logits_hook=hook)
     assert engine.generate("import ", max_tokens=5).tokens == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_hook_that_writes_no_numbers(value: float, temperature: float, engine: Engine) -> None:
+    def hook(tokens: Any, row: np.ndarray) -> None:
+        row[7] = value
+
+    with pytest.raises(DFlashError, match=f"logits_hook.*{value}.*token 7"):
+        engine.generate("import ", logits_hook=hook, temperature=temperature)
+
+
+def test_a_hook_may_keep_its_rows(nano_path: Path) -> None:
+    rows: list[np.ndarray] = []
+    with Engine(nano_path, n_ctx=64) as engine:
+        engine.generate("import ", max_tokens=3, logits_hook=lambda tokens, row: rows.append(row), ignore_eos=True)
+    copies = [row.copy() for row in rows]
+    del engine
+    assert all(row.flags.owndata for row in rows), "a view would point into memory that is freed"
+    assert len({row.tobytes() for row in rows}) == 3, "each row is its own"
+    assert [row.tobytes() for row in rows] == [row.tobytes() for row in copies]
 
 
 def test_a_hook_that_calls_its_engine(engine: Engine) -> None:

@@ -56,6 +56,7 @@ def test_numbers_of_the_table() -> None:
     e = Evaluation(hits, np.full((3, 4), 2.5), np.array([0, 0, 1]), np.array([5, 9, 5]))
     assert e.runs.tolist() == [2, 0, 4]
     assert e.m_accept == pytest.approx(2.0)
+    assert e.m_accept_error == pytest.approx(1.5)  # sequences of 1 and 4: their spread over the root of two
     assert e.cumulative == pytest.approx((2 / 3, 2 / 3, 1 / 3, 1 / 3))
     assert e.m_accept == pytest.approx(sum(e.cumulative))
     found = e.to_dict()
@@ -98,6 +99,7 @@ def test_short_sequences_and_wrong_numbers_are_refused(engine: Engine) -> None:
         ({"anchors": 0}, "anchors"),
         ({"anchor_range": (9, 3)}, "anchor range"),
         ({"block_rows": 17}, "block_rows"),
+        ({"seed": -1}, "seed"),
     ):
         with pytest.raises(DFlashError, match=message):
             evaluate(engine.session, 16, fine, **options)  # type: ignore[arg-type]
@@ -109,6 +111,15 @@ def test_every_format_is_read(tmp_path: Path, engine: Engine) -> None:
         '{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}\n\n{"text": "def f():"}\n{"prompt": "x"}\n'
     )
     (tmp_path / "c.txt").write_text("import os\n")
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in ([user], [user, answer])))
+    assert engine.chat_template is not None
+    asked, answered = read_corpus(
+        [tmp_path / "d.jsonl"], engine.tokenizer, engine.n_vocab, template=engine.chat_template
+    )
+    assert asked.tokens.tolist() == engine.tokenize(engine.chat_template.render([user]), add_bos=False)
+    closed = engine.chat_template.render([user, answer], add_generation_prompt=False)
+    assert answered.tokens.tolist() == engine.tokenize(closed, add_bos=False)
     files = [tmp_path / name for name in ("a.npy", "b.jsonl", "c.txt")]
     samples = read_corpus(files, engine.tokenizer, engine.n_vocab)
     assert [len(s.tokens) for s in samples][:3] == [20, 20, 3]
@@ -125,6 +136,14 @@ def test_every_format_is_read(tmp_path: Path, engine: Engine) -> None:
         ("a.npy", np.array([[1, 2, 70000]], dtype=np.int32), "row 0: expected token ids in 0..1023.*70000.*position 2"),
         ("a.npy", np.zeros((2, 3), dtype=np.float32), "expected integers"),
         ("a.npy", b"not numpy", "a.npy"),
+        ("a.npy", b"", "a.npy.*cannot be read"),
+        ("a.npy", b"PK\x05\x06" + bytes(18), "a.npy.*npz"),
+        ("a.jsonl", b'{"input_ids": [[1], [2, 3]]}\n', r"line 1: expected integer token ids, found \[1\]"),
+        ("a.jsonl", b'{"input_ids": [1, 2], "loss_mask": [[1], [1, 1]]}\n', "line 1: loss_mask.*object"),
+        ("a.jsonl", b"[" * 100_000, "line 1: expected one JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text: expected Unicode text"),
+        ("a.jsonl", b'{"messages": []}\n', "line 1: messages"),
+        ("b.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: messages need a chat template"),
         ("a.jsonl", b'{"input_ids": [1, -2]}\n', "line 1.*-2"),
         ("a.jsonl", b'{"input_ids": [1, 2], "loss_mask": [1]}\n', "line 1: loss_mask"),
         ("a.jsonl", b'{"text": "ok"}\n{"other": 1}\n', "line 2.*input_ids"),
@@ -140,8 +159,9 @@ def test_wrong_data_is_refused(
         (tmp_path / name).write_bytes(content)
     else:
         np.save(tmp_path / name, content)
+    template = engine.chat_template if name.startswith("a") else None
     with pytest.raises(DFlashError, match=message):
-        read_corpus([tmp_path / name], engine.tokenizer, engine.n_vocab)
+        read_corpus([tmp_path / name], engine.tokenizer, engine.n_vocab, template=template)
 
 
 def test_missing_files_and_empty_corpora_are_refused(tmp_path: Path, engine: Engine) -> None:
@@ -174,6 +194,9 @@ def test_the_command(
     assert found["blocks"] == 3
     assert main([*args, "--anchor-range", "2000:2001"]) == 2
     assert "expected room" in capsys.readouterr().err
+    for path in ("no/o.json", "."):  # before any work
+        assert main([*args[:-1], "nothing.npy", "--json", str(tmp_path / path)]) == 2
+        assert "--json: expected a file that can be written" in capsys.readouterr().err
     exchanged = ["eval", "--target", args[4], "--drafter", args[2], "--data", args[6]]
     assert main(exchanged) == 2
     assert "target and drafter may be exchanged" in capsys.readouterr().err

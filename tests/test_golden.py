@@ -10,7 +10,7 @@ import pytest
 from conftest import PAIRS, golden_of, relative_error
 from dflash_cpp import Engine
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # found: 1e-6
 
 
 @pytest.fixture(params=["nano", "mini"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,21 @@ def test_the_engine_passes_the_warning_on(nano_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(api._core, "Model", Tight)
     with pytest.warns(RuntimeWarning, match="2 GiB short"):
         Engine(nano_path, n_ctx=64).close()
+
+
+def test_more_threads_than_the_system_starts(nano_path: Path) -> None:
+    """In a process of its own, whose address space has no room for so many stacks."""
+    program = f"""
+import resource
+from dflash_cpp import DFlashError, Engine
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+try:
+    Engine({str(nano_path)!r}, n_ctx=64, n_threads=4096)
+except DFlashError as e:
+    print(e)
+print(len(Engine({str(nano_path)!r}, n_ctx=64, n_threads=1).generate("import ", max_tokens=2).tokens))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    message, tokens = done.stdout.splitlines()
+    assert message.startswith("n_threads: 4096 threads expected"), done.stderr
+    assert tokens == "2", "the process stays usable"

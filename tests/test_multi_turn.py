@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -130,3 +131,41 @@ def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
     assert engine.generate(whole, max_tokens=40, depth=3, ignore_eos=True).stats.accepted_per_slot == accepted
     for text, tokens in drafted.items():
         assert engine.generate(list(text), max_tokens=40, depth=0, ignore_eos=True).tokens == tokens
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_any_history_equals_starting_over(kv_type: str, make_engine: Make) -> None:
+    """Requests of all kinds in any order, abandoned streams and numbers in between, against a fresh plain engine."""
+    rng = random.Random(11)
+    engine = make_engine("nano", n_ctx=320, n_batch=23, kv_type=kv_type)
+    plain = make_engine("nano", drafter=False, n_ctx=320, n_batch=23, kv_type=kv_type)
+    text = [rng.randrange(900) for _ in range(200)]
+    last = text[:30]
+    for _ in range(40):
+        more = [rng.randrange(900) for _ in range(rng.randint(1, 9))]
+        prompt = rng.choice([text[: rng.randint(1, 200)], last + more])[:300]
+        options: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 20, None]), "ignore_eos": rng.random() < 0.8}
+        if rng.random() < 0.5:
+            options |= {"temperature": 1.3, "seed": rng.randrange(3), "top_k": rng.choice([0, 5]), "top_p": 0.9}
+        if rng.random() < 0.3:
+            options |= {"repetition_penalty": 1.2, "penalty_last_n": rng.choice([-1, 3])}
+        if rng.random() < 0.2:
+            options |= {"stop": [rng.choice(["e", "self", "("])]}
+        drafting = {"depth": rng.choice(["auto", 0, 1, 3, 15]), "lookup": rng.random() < 0.5}
+        match rng.randrange(8):
+            case 0:
+                stream = engine.stream(prompt, **drafting, **options)
+                for _ in range(rng.randint(0, 4)):
+                    next(stream, None)
+            case 1:
+                plain.reset()
+                assert engine.logits(prompt[:40]).tobytes() == plain.logits(prompt[:40]).tobytes()
+            case 2:
+                engine.draft_logits(prompt[:50], 5, rng.choice([1, 15]))
+            case _:
+                found = engine.generate(prompt, **drafting, **options)
+                plain.reset()
+                expected = plain.generate(prompt, depth=0, **options)
+                assert found.tokens == expected.tokens, (prompt, drafting, options)
+                assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+                last = (prompt + found.tokens)[:290]

@@ -164,8 +164,8 @@ def test_options_mean_what_their_definitions_say(name: str) -> None:
     for key, value in o.items():
         setattr(params, key, value)
     params.penalty_last_n = o.get("penalty_last_n", 64)
-    for _ in range(20):
-        logits = rng.normal(0, 3, 300).astype(np.float32)
+    for center in (0, -20) * 10:  # the most probable tokens above zero, and below: penalties tell them apart
+        logits = rng.normal(center, 3, 300).astype(np.float32)
         history = rng.integers(0, 300, 20).tolist()
         found = _core.sampling_distribution(logits, history, params)
         np.testing.assert_allclose(found, distribution(logits, history, o), atol=1e-5)
@@ -179,3 +179,4 @@ def test_the_seed_decides(engine: Engine, prompts: list[Ids]) -> None:
     assert draw(7).tokens != draw(8).tokens
     drawn = draw(None)
     assert draw(drawn.stats.seed).tokens == drawn.tokens, "the seed that was drawn is reported"
+    assert draw(None).stats.seed != drawn.stats.seed, "and it is drawn anew each time"

@@ -102,6 +102,17 @@ def test_verdicts() -> None:
     assert judge([base], data_agreement=None, expected=2.2) == ()
 
 
-def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_refused(
+    nano_path: Path, nano_drafter_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["selftest", "--target", str(tmp_path / "a"), "--drafter", str(tmp_path / "b")]) == 2
     assert "target" in capsys.readouterr().err
+    pair = ["selftest", "--target", str(nano_path), "--drafter", str(nano_drafter_path)]
+    for flag, value in (
+        ("--limit", "0"),
+        ("--anchors", "0"),
+        ("--expect", "nan"),
+        ("--json", str(tmp_path / "n" / "o")),
+    ):
+        assert main([*pair, flag, value]) == 2
+        assert flag.strip("-") in capsys.readouterr().err

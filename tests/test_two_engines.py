@@ -54,6 +54,25 @@ def in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+def test_one_stream_in_threads(engines: list[Engine], prompts: list[Ids]) -> None:
+    """Threads that share a stream take its pieces in turn: each piece once, and nobody else gets in between."""
+    expected = engines[0].generate(prompts[0], **OPTIONS[1]).tokens
+    for _ in range(5):
+        stream = engines[0].stream(prompts[0], **OPTIONS[1])
+        shared = in_threads([lambda s=stream: [t for piece in s for t in piece.tokens] for _ in range(3)])
+        assert all(isinstance(tokens, list) for tokens in shared), shared
+        assert sorted(t for tokens in shared for t in tokens) == sorted(expected)
+        assert stream.result.tokens == expected
+        assert stream.result.finish_reason == "length"
+
+
+def test_a_hook_that_asks_its_stream(engines: list[Engine], prompts: list[Ids]) -> None:
+    stream = engines[0].stream(prompts[0], logits_hook=lambda tokens, row: next(stream), max_tokens=3)
+    with pytest.raises(DFlashError, match="hook"):
+        next(stream)
+    assert engines[0].generate(prompts[0], max_tokens=3).tokens
+
+
 def test_in_threads(engines: list[Engine], prompts: list[Ids]) -> None:
     expected = [e.generate(p, **o).tokens for e, p, o in zip(engines, prompts, OPTIONS, strict=False)]
 

@@ -37,7 +37,9 @@ struct Sampling {
 
 // For a row without a finite logit.
 [[noreturn]] inline void fail_all_forbidden() {
-  fail("sampling: every token is forbidden (logits all -inf or NaN); check logit_bias and logits_hook");
+  fail(
+      "sampling: every token is forbidden (logits all -inf or NaN); check logit_bias and logits_hook. Without them the "
+      "weights are damaged: copy or convert the target again");
 }
 
 }  // namespace dflash

@@ -48,6 +48,7 @@ T load_as(const uint8_t* p) {
 }
 
 constexpr uint64_t kMaxNameBytes = 65535;
+constexpr const char* kTooMany = " are more than the file can hold; copy or convert the file again";
 constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of one tensor; keeps every byte count below 2^63
 
 }  // namespace
@@ -77,9 +78,13 @@ class GgufParser {
     const uint64_t n_tensors = read<uint64_t>("tensor count");
     const uint64_t n_keys = read<uint64_t>("key count");
     // The smallest entry is 13 bytes (key) or 24 bytes (tensor): anything larger cannot be true.
-    if (n_keys > size() / 13) bad("key count ", n_keys, " is more than the file can hold");
-    if (n_tensors > size() / 24) bad("tensor count ", n_tensors, " is more than the file can hold");
+    if (n_keys > size() / 13) bad("truncated: ", n_keys, " keys", kTooMany);
+    if (n_tensors > size() / 24) bad("truncated: ", n_tensors, " tensors", kTooMany);
     for (uint64_t i = 0; i < n_keys; ++i) parse_key();
+    if (const int64_t parts = g_->get_int_or("split.count", 1, 0, 65535); parts > 1) {
+      bad("this is part ", g_->get_int_or("split.no", 0, 0, 65535) + 1, " of ", parts,
+          " of a file; join them first: llama-gguf-split --merge FIRST-PART OUT.gguf");
+    }
     const size_t alignment = read_alignment();
     for (uint64_t i = 0; i < n_tensors; ++i) parse_tensor(alignment);
     place_tensors(alignment);
@@ -112,8 +117,8 @@ class GgufParser {
 
   std::string_view read_string(const char* what, uint64_t max_bytes) {
     const uint64_t n = read<uint64_t>(what);
-    if (n > max_bytes) bad(what, " of ", n, " bytes at offset ", pos_, " is too long");
     need(n, what);
+    if (n > max_bytes) bad(what, " of ", n, " bytes at offset ", pos_, " is too long");
     const std::string_view s(reinterpret_cast<const char*>(base() + pos_), n);
     pos_ += n;
     return s;
@@ -137,11 +142,11 @@ class GgufParser {
     }
     v.begin = pos_;
     if (v.type == GgufType::String) {
-      if (v.count > (size() - pos_) / 8) bad("key '", key, "': ", v.count, " strings do not fit in the file");
+      if (v.count > (size() - pos_) / 8) bad("truncated: key '", key, "': ", v.count, " strings", kTooMany);
       for (uint64_t i = 0; i < v.count; ++i) read_string("string", size());
     } else {
       const size_t each = scalar_bytes(v.type);
-      if (v.count > (size() - pos_) / each) bad("key '", key, "': ", v.count, " values do not fit in the file");
+      if (v.count > (size() - pos_) / each) bad("truncated: key '", key, "': ", v.count, " values", kTooMany);
       pos_ += v.count * each;
     }
     if (!g_->values_.emplace(key, v).second) bad("key '", key, "' appears twice");

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <system_error>
 
+#include "core/error.h"
 #include "core/topology.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -50,10 +52,19 @@ int ThreadPool::default_threads() {
 ThreadPool::ThreadPool(int n_threads)
     : n_threads_(n_threads > 0 ? n_threads : default_threads()), shares_(new Share[static_cast<size_t>(n_threads_)]) {
   threads_.reserve(static_cast<size_t>(n_threads_ - 1));
-  for (int t = 1; t < n_threads_; ++t) threads_.emplace_back([this, t] { worker(t); });
+  try {
+    for (int t = 1; t < n_threads_; ++t) threads_.emplace_back([this, t] { worker(t); });
+  } catch (const std::system_error& e) {
+    const size_t started = threads_.size();
+    stop();
+    fail("n_threads: ", n_threads_, " threads expected, the system starts ", started + 1, " (", e.what(),
+         "); use fewer");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;

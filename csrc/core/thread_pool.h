@@ -16,7 +16,7 @@ namespace dflash {
 
 class ThreadPool {
  public:
-  // n_threads <= 0: default_threads().
+  // n_threads <= 0: default_threads(). Throws Error where the system does not start as many.
   explicit ThreadPool(int n_threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -53,6 +53,7 @@ class ThreadPool {
     std::atomic<uint64_t> range{0};
   };
 
+  void stop();  // ends and joins the threads
   void run(int64_t n, Call call, const void* f);
   void work(int thread);
   void worker(int thread);

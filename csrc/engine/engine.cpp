@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include "core/error.h"
+#include "core/units.h"
 #include "engine/memory_need.h"
 #include "model/draft_head.h"
 #ifdef DFLASH_WITH_GPU
@@ -8,6 +9,25 @@
 #endif
 
 namespace dflash {
+
+namespace {
+
+constexpr int kMaxThreads = 4096;
+
+// Throws before the first allocation where random weights would not fit: the system would end the process instead.
+void check_room(const TargetConfig& target, const DrafterConfig* drafter, const SyntheticOptions& types,
+                Backend& backend) {
+  WeightCounter count(types.matrices, types.head), drafter_count(types.drafter, types.drafter);
+  const auto model = MiniMaxM2::make(target, count, backend);
+  if (drafter != nullptr) DFlashDrafter::make(*drafter, *model, drafter_count, backend);
+  const size_t total = count.bytes() + drafter_count.bytes(), free = backend.memory().free;
+  if (total > free) {
+    throw CapacityError(cat("synthetic: ", human_bytes(total), " of weights needed, ", human_bytes(free),
+                            " free; use fewer layers (n_layer)"));
+  }
+}
+
+}  // namespace
 
 std::vector<BackendStatus> backend_statuses() {
   std::vector<BackendStatus> out{{"cpu", ""}};
@@ -20,6 +40,9 @@ std::vector<BackendStatus> backend_statuses() {
 }
 
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
+  if (options.n_threads < 0 || options.n_threads > kMaxThreads) {
+    fail("n_threads: 0 (as many as there are cores) to ", kMaxThreads, " expected, found ", options.n_threads);
+  }
   std::string name = options.name;
   const std::vector<BackendStatus> known = backend_statuses();
   if (name == "auto") {
@@ -77,10 +100,13 @@ std::shared_ptr<Model> Model::synthetic(const TargetConfig& target, const Drafte
                                         uint64_t seed) {
   auto m = std::make_shared<Model>();
   m->backend = make_backend(options);
-  m->target = MiniMaxM2::random(target, synthetic.matrices, synthetic.head, synthetic.branch_gain, *m->backend, seed);
+  if (drafter != nullptr) check_pair(target, *drafter);
+  check_room(target, drafter, synthetic, *m->backend);
+  RandomWeights weights(*m->backend, synthetic.matrices, synthetic.head, synthetic.branch_gain, seed);
+  m->target = MiniMaxM2::make(target, weights, *m->backend);
   if (drafter != nullptr) {
-    check_pair(target, *drafter);
-    m->drafter = DFlashDrafter::random(*drafter, *m->target, synthetic.drafter, *m->backend, seed + 1000003);
+    RandomWeights own(*m->backend, synthetic.drafter, synthetic.drafter, 1.0f, seed + 1000003);
+    m->drafter = DFlashDrafter::make(*drafter, *m->target, own, *m->backend);
     if (synthetic.draft_head) {
       m->drafter->set_head(
           m->backend->random_weight(*synthetic.draft_head, target.n_embd, target.n_vocab, 1, seed + 2000003));

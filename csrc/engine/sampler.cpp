@@ -85,7 +85,13 @@ Sampling Sampler::rows(const std::vector<int32_t>& history, const std::vector<in
 Sampling Sampler::process(const float* logits, int64_t n_vocab, const std::vector<int32_t>& history) {
   Sampling s = rows(history, {});
   float* row = row_.edit(s, 0, logits, n_vocab);
-  if (params_.logits_hook) params_.logits_hook(history, row, n_vocab);
+  if (!params_.logits_hook) return s;
+  params_.logits_hook(history, row, n_vocab);
+  for (int64_t i = 0; i < n_vocab; ++i) {
+    if (!(row[i] < std::numeric_limits<float>::infinity())) {
+      fail("logits_hook: numbers (or -inf to forbid) expected, found ", row[i], " for token ", i);
+    }
+  }
   return s;
 }
 

@@ -360,7 +360,11 @@ std::vector<int32_t> Session::own_tokens(const std::vector<int32_t>& drafts, boo
   if (sampler_.params().plain_argmax()) {
     std::vector<Top1> top(out.size());
     backend_.top1(logits, rows, n_vocab, top.data());
-    for (size_t i = 0; i < out.size(); ++i) out[i] = top[i].id;
+    for (size_t i = 0; i < out.size(); ++i) {
+      if (!(top[i].prob > 0.0f)) fail_all_forbidden();  // NaN, or no finite logit
+      out[i] = top[i].id;
+      if (i < drafts.size() && !all_rows && out[i] != drafts[i]) break;  // the rows behind are not used
+    }
     return out;
   }
   if (!sampler_.params().logits_hook) {

@@ -88,16 +88,32 @@ RopeConfig read_rope(const Gguf& gguf, const ArchKeys& keys, int head_dim) {
   return rope;
 }
 
-void check_heads(const std::string& path, int n_head, int n_head_kv, int head_dim) {
-  if (n_head % n_head_kv != 0) {
-    fail(path, ": attention.head_count ", n_head, " is not a multiple of attention.head_count_kv ", n_head_kv);
-  }
-  if (head_dim % 32 != 0 || head_dim > 512) {
-    fail(path, ": attention.key_length: a multiple of 32 up to 512 expected, found ", head_dim);
-  }
+// c but n_ff, which the architectures name differently.
+void read_model_config(const Gguf& gguf, const ArchKeys& keys, ModelConfig& c) {
+  c.path = gguf.path();
+  c.name = gguf.has("general.name") ? gguf.get_string("general.name") : "";
+  c.n_layer = keys.get("block_count", 1, 4096);
+  c.n_embd = keys.get("embedding_length");
+  c.n_head = keys.get("attention.head_count", 1, 65536);
+  c.n_head_kv = keys.get("attention.head_count_kv", 1, 65536);
+  c.head_dim = keys.get_or("attention.key_length", c.n_embd / c.n_head, 1, 65536);
+  check_heads(c);
+  const int v_dim = keys.get_or("attention.value_length", c.head_dim);
+  if (v_dim != c.head_dim) fail(c.path, ": attention.value_length ", v_dim, " differs from key_length ", c.head_dim);
+  c.eps = keys.positive("attention.layer_norm_rms_epsilon", 1e-6);
+  c.rope = read_rope(gguf, keys, c.head_dim);
 }
 
 }  // namespace
+
+void check_heads(const ModelConfig& c) {
+  if (c.n_head % c.n_head_kv != 0) {
+    fail(c.path, ": attention.head_count ", c.n_head, " is not a multiple of attention.head_count_kv ", c.n_head_kv);
+  }
+  if (c.head_dim % 32 != 0 || c.head_dim > 512) {
+    fail(c.path, ": attention.key_length: a multiple of 32 up to 512 expected, found ", c.head_dim);
+  }
+}
 
 RopeConfig make_rope(int n_rot, double theta) {
   RopeConfig rope;
@@ -113,25 +129,14 @@ TargetConfig read_target_config(const Gguf& gguf) {
   expect_arch(gguf, "minimax-m2", "target", "dflash");
   const ArchKeys keys(gguf, "minimax-m2");
   TargetConfig c;
-  c.path = gguf.path();
-  c.name = gguf.has("general.name") ? gguf.get_string("general.name") : "";
-  c.n_layer = keys.get("block_count", 1, 4096);
-  c.n_embd = keys.get("embedding_length");
-  c.n_head = keys.get("attention.head_count", 1, 65536);
-  c.n_head_kv = keys.get("attention.head_count_kv", 1, 65536);
-  c.head_dim = keys.get("attention.key_length", 1, 65536);
-  const int v_dim = keys.get_or("attention.value_length", c.head_dim);
-  if (v_dim != c.head_dim) fail(c.path, ": attention.value_length ", v_dim, " differs from key_length ", c.head_dim);
+  read_model_config(gguf, keys, c);
   c.n_expert = keys.get("expert_count", 1, 65536);
   c.n_expert_used = keys.get("expert_used_count", 1, c.n_expert);
   c.n_ff =
       keys.has("expert_feed_forward_length") ? keys.get("expert_feed_forward_length") : keys.get("feed_forward_length");
   c.n_ctx_train = keys.get_or("context_length", 0, 0, int64_t{1} << 30);
-  c.eps = keys.positive("attention.layer_norm_rms_epsilon", 1e-6);
   const int gating = keys.get_or("expert_gating_func", 2, 0, 100);
   if (gating != 2) fail(c.path, ": key 'minimax-m2.expert_gating_func': 2 (sigmoid) expected, found ", gating);
-  check_heads(c.path, c.n_head, c.n_head_kv, c.head_dim);
-  c.rope = read_rope(gguf, keys, c.head_dim);
   const Gguf::Tensor* embd = gguf.find_tensor("token_embd.weight");
   if (embd == nullptr || embd->ne.size() != 2) {
     fail(c.path, ": tensor 'token_embd.weight' is missing or is not a matrix");
@@ -145,8 +150,7 @@ DrafterConfig read_drafter_config(const Gguf& gguf) {
   expect_arch(gguf, "dflash", "drafter", "minimax-m2");
   const ArchKeys keys(gguf, "dflash");
   DrafterConfig c;
-  c.path = gguf.path();
-  c.name = gguf.has("general.name") ? gguf.get_string("general.name") : "";
+  read_model_config(gguf, keys, c);
   for (const char* key :
        {"conv_kernel_size", "selector_rank", "sample_from_anchor", "logit_scale", "final_logit_softcapping"}) {
     if (keys.has(key)) {
@@ -160,17 +164,11 @@ DrafterConfig read_drafter_config(const Gguf& gguf) {
            "DFlash v1 borrows both from the target");
     }
   }
-  c.n_layer = keys.get("block_count", 1, 4096);
-  c.n_embd = keys.get("embedding_length");
-  c.n_head = keys.get("attention.head_count", 1, 65536);
-  c.n_head_kv = keys.get("attention.head_count_kv", 1, 65536);
-  c.head_dim = keys.get_or("attention.key_length", c.n_embd / c.n_head, 1, 65536);
   c.n_ff = keys.get("feed_forward_length");
   c.block_size = keys.get("block_size", 2, 256);
-  c.eps = keys.positive("attention.layer_norm_rms_epsilon", 1e-6);
-  check_heads(c.path, c.n_head, c.n_head_kv, c.head_dim);
-  c.rope = read_rope(gguf, keys, c.head_dim);
   c.mask_token_id = static_cast<int32_t>(gguf.get_int("tokenizer.ggml.mask_token_id", 0, kMaxDim));
+  c.target_n_layer = keys.get_or("target.block_count", 0);
+  c.target_n_vocab = keys.get_or("vocab_size", 0);
   for (const int64_t layer : gguf.get_ints("dflash.target_layers")) {
     if (layer < 0 || layer > 4096) fail(c.path, ": key 'dflash.target_layers': impossible layer ", layer);
     c.target_layers.push_back(static_cast<int>(layer));
@@ -200,6 +198,15 @@ void check_pair(const TargetConfig& target, const DrafterConfig& drafter) {
   const std::string other = cat("; was this drafter trained for another target? (target: ", target.path, ")");
   if (drafter.n_embd != target.n_embd) {
     fail(drafter.path, ": embedding_length: the target's ", target.n_embd, " expected, found ", drafter.n_embd, other);
+  }
+  if (drafter.target_n_layer != 0 && drafter.target_n_layer != target.n_layer) {
+    fail(drafter.path, ": target.block_count: the target's ", target.n_layer, " expected, found ",
+         drafter.target_n_layer, other);
+  }
+  // Some files count the tokenizer's ids only, without the padding of the target's table.
+  if (drafter.target_n_vocab > target.n_vocab) {
+    fail(drafter.path, ": vocab_size: at most the target's ", target.n_vocab, " expected, found ",
+         drafter.target_n_vocab, other);
   }
   if (drafter.mask_token_id >= target.n_vocab) {
     fail(drafter.path, ": mask_token_id: below the target's vocabulary of ", target.n_vocab, " expected, found ",

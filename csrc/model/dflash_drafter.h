@@ -15,11 +15,7 @@ namespace dflash {
 
 class DFlashDrafter {
  public:
-  struct Layer {
-    Weight attn_norm;       // [n_embd]
-    Weight q, k, v;         // [n_head(_kv) * head_dim, n_embd]
-    Weight q_norm, k_norm;  // [head_dim]
-    Weight attn_output;     // [n_embd, n_head * head_dim]
+  struct Layer : AttentionLayer {
     Weight ffn_norm;        // [n_embd]
     Weight gate, up, down;  // [n_ff, n_embd], the same, [n_embd, n_ff]
   };
@@ -30,19 +26,16 @@ class DFlashDrafter {
     static size_t bytes_for(const DrafterConfig& c, int max_rows);  // max_rows of block_size or more
     int max_rows;
     Buffer memory, token_memory;
-    float* x;         // [max_rows, n_embd]
-    float* q;         // [block_size, n_head * head_dim]
-    float* attn;      // [block_size, n_head * head_dim]
-    float* k;         // [n_layer, max_rows, n_head_kv * head_dim]; a block uses the first
-    float* v;         // the same
-    int32_t* tokens;  // [block_size]
+    AttentionLayer::Rows rows;  // x of max_rows, q and attn of block_size; k and v [n_layer, max_rows, n_head_kv *
+                                // head_dim], of which a block uses the first
+    int32_t* tokens;            // [block_size]
   };
 
   // config fits the target (check_pair). target must outlive the drafter.
   static std::unique_ptr<DFlashDrafter> load(std::shared_ptr<const Gguf> gguf, const DrafterConfig& config,
                                              const MiniMaxM2& target, Backend& backend, const Progress& progress);
-  static std::unique_ptr<DFlashDrafter> random(const DrafterConfig& config, const MiniMaxM2& target, DType matrices,
-                                               Backend& backend, uint64_t seed);
+  static std::unique_ptr<DFlashDrafter> make(const DrafterConfig& config, const MiniMaxM2& target,
+                                             WeightSource& weights, Backend& backend);
 
   const DrafterConfig& config() const { return config_; }
   size_t weight_bytes() const;                                                                    // without the head
@@ -59,7 +52,7 @@ class DFlashDrafter {
              uint64_t step_key) const;
 
  private:
-  QkvPost qkv_post(const Layer& l) const;
+  QkvPost qkv_post(const Layer& l) const { return l.qkv_post(config_, QkNorm::per_head, f32(inv_freq_)); }
 
   DrafterConfig config_;
   const MiniMaxM2* target_ = nullptr;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/attention_layer.h"
 #include "model/config.h"
 #include "model/kv_cache.h"
 #include "model/weights.h"
@@ -20,15 +21,14 @@ struct TapSink {
 
 class MiniMaxM2 {
  public:
-  struct Layer {
-    Weight attn_norm;       // [n_embd]
-    Weight q, k, v;         // [n_head(_kv) * head_dim, n_embd]
-    Weight q_norm, k_norm;  // [n_head(_kv) * head_dim]
-    Weight attn_output;     // [n_embd, n_head * head_dim]
+  struct Layer : AttentionLayer {
     Weight ffn_norm;        // [n_embd]
     Weight router;          // [n_expert, n_embd]
     Weight router_bias;     // [n_expert]
     Weight gate, up, down;  // [n_expert, n_ff, n_embd], the same, [n_expert, n_embd, n_ff]
+
+    // Read for every row: all but the experts.
+    size_t dense_bytes() const { return bytes() + ffn_norm.bytes() + router.bytes() + router_bias.bytes(); }
   };
 
   // Activations of up to max_rows rows, allocated once.
@@ -37,18 +37,11 @@ class MiniMaxM2 {
     static size_t bytes_for(const TargetConfig& c, int max_rows);
     int max_rows;
     Buffer memory;
-    float* x;     // [max_rows, n_embd] residual stream; after forward: the output of the last layer
-    float* q;     // [max_rows, n_head * head_dim]
-    float* k;     // [max_rows, n_head_kv * head_dim]
-    float* v;     // [max_rows, n_head_kv * head_dim]
-    float* attn;  // [max_rows, n_head * head_dim]
+    AttentionLayer::Rows rows;  // of max_rows; rows.x after forward: the output of the last layer
   };
 
   static std::unique_ptr<MiniMaxM2> load(std::shared_ptr<const Gguf> gguf, Backend& backend, const Progress& progress);
-  // Random weights of the given shape and matrix type, for measuring shapes without files. branch_gain: weight of
-  // the layers' input norms.
-  static std::unique_ptr<MiniMaxM2> random(const TargetConfig& config, DType matrices, DType head, float branch_gain,
-                                           Backend& backend, uint64_t seed);
+  static std::unique_ptr<MiniMaxM2> make(const TargetConfig& config, WeightSource& weights, Backend& backend);
 
   const TargetConfig& config() const { return config_; }
   const Weight& embedding() const { return embedding_; }
@@ -57,10 +50,10 @@ class MiniMaxM2 {
   size_t bytes_per_token() const;         // read for one row: attention, top-k experts, router, head
   size_t expert_bytes_per_token() const;  // the experts' share of it
 
-  // Runs all layers on tokens [rows] at step.pos0; fills kv and taps (when not null). The result stays in s.x.
+  // Runs all layers on tokens [rows] at step.pos0; fills kv and taps (when not null). The result stays in s.rows.x.
   void forward(Backend& backend, Scratch& s, Step step, const int32_t* tokens, const KvCache& kv,
                const TapSink* taps) const;
-  // logits[r] = head * rms_norm(s.x[first + r]).  logits [rows, n_vocab]
+  // logits[r] = head * rms_norm(s.rows.x[first + r]).  logits [rows, n_vocab]
   void logits(Backend& backend, const Scratch& s, int first, int rows, float* logits) const;
 
  private:

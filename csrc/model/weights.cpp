@@ -54,7 +54,7 @@ Weight WeightLoader::take(const std::string& name, int64_t n_in, int64_t n_out, 
   return w;
 }
 
-Weight WeightLoader::matrix(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
+Weight WeightLoader::stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
   return take(name, n_in, n_out, n_expert, false);
 }
 
@@ -63,6 +63,31 @@ Weight WeightLoader::f32_matrix(const std::string& name, int64_t n_in, int64_t n
 }
 
 Weight WeightLoader::vector(const std::string& name, int64_t n) { return take(name, n, 1, 1, true); }
+
+namespace {
+
+bool is_head(const std::string& name) { return name == "token_embd.weight" || name == "output.weight"; }
+
+}  // namespace
+
+Weight WeightCounter::stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
+  bytes_ += row_bytes(is_head(name) ? head_ : matrices_, n_in) * static_cast<size_t>(n_out * n_expert);
+  return {};
+}
+
+Weight RandomWeights::stack(const std::string& name, int64_t n_in, int64_t n_out, int64_t n_expert) {
+  return backend_.random_weight(is_head(name) ? head_ : matrices_, n_in, n_out, n_expert, ++seed_);
+}
+
+Weight RandomWeights::f32_matrix(const std::string&, int64_t n_in, int64_t n_out) {
+  return backend_.random_weight(DType::F32, n_in, n_out, 1, ++seed_);
+}
+
+Weight RandomWeights::vector(const std::string& name, int64_t n) {
+  const auto is = [&](const char* end) { return name.find(end) != std::string::npos; };
+  const float value = is("exp_probs_b") ? 0.0f : is(".attn_norm.") || is(".ffn_norm.") ? branch_gain_ : 1.0f;
+  return upload_f32(backend_, std::vector<float>(static_cast<size_t>(n), value));
+}
 
 Weight upload_f32(Backend& backend, const std::vector<float>& values) {
   Buffer buffer = backend.alloc(values.size() * sizeof(float));

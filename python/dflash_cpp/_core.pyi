@@ -99,11 +99,13 @@ class Model:
     @property
     def target_config(self) -> dict[str, Any]:
         """n_layer, n_embd, n_head, n_head_kv, head_dim, n_rot, n_expert, n_expert_used, n_ff, n_vocab, rope_theta,
-        rms_eps, n_ctx_train, weight_bytes, bytes_per_token, expert_bytes_per_token (the experts' share of it)."""
+        rope_inv_freq [n_rot / 2], rope_scale, rms_eps, n_ctx_train, weight_bytes, bytes_per_token,
+        expert_bytes_per_token (the experts' share of it)."""
     @property
     def drafter_config(self) -> dict[str, Any] | None:
         """n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, block_size, target_layers, mask_token_id, rope_theta,
-        sliding_window, weight_bytes (without the head), head_type and head_bytes (of the head it drafts with)."""
+        rope_inv_freq, rope_scale, rms_eps, sliding_window, causal, weight_bytes (without the head), head_type and
+        head_bytes (of the head it drafts with)."""
     @property
     def backend(self) -> str:
         """ "cpu" or "hip"."""

@@ -177,14 +177,8 @@ class Stream(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
-        if self._superseded:
-            raise DFlashError(
-                "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
-            )
-        if self._answer.finish is not None:
-            raise StopIteration
         with self._engine._turn:  # nobody reads the session between being taken and running
-            self._engine._take(self)
+            self._acquire()
             self._thread = threading.get_ident()
             self._running = True
         try:
@@ -200,6 +194,26 @@ class Stream(Iterator[Piece]):
         if self._answer.finish is not None:
             self._engine._give(self)
         return piece
+
+    def _acquire(self) -> None:
+        """Takes the engine for the next piece, with the lock held. Raises StopIteration when there is none."""
+        while True:
+            if self._superseded:
+                raise DFlashError(
+                    "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
+                )
+            if self._answer.finish is not None:
+                raise StopIteration
+            if not self._running:
+                self._engine._take(self)  # may wait, and let another thread that shares this stream go first
+                if not self._running and self._answer.finish is None:
+                    return
+                if self._answer.finish is not None:
+                    self._engine._give(self)
+            elif self._thread == threading.get_ident():
+                raise DFlashError("stream: a hook or progress function asked the stream that is calling it for a piece")
+            else:
+                self._engine._turn.wait()
 
     @property
     def result(self) -> Generation:
@@ -373,8 +387,11 @@ class Engine:
         return self.tokenizer.encode(text, add_bos=add_bos)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of token ids; special: show special tokens too."""
-        return self.tokenizer.decode(tokens, special=special)
+        """Text of token ids; special: show special tokens too. Ids that the tokenizer does not know have no text."""
+        if isinstance(tokens, (str, bytes)):
+            raise DFlashError(f"tokens: expected token ids, found {type(tokens).__name__}")
+        ids = check_token_ids(tokens, self.n_vocab, name="tokens") if len(tokens) else []
+        return self.tokenizer.decode(ids, special=special)
 
     # -- numbers, for people who study models; each replaces the timeline
 
@@ -417,6 +434,7 @@ class Engine:
     @property
     def block_size(self) -> int:
         """Rows of a drafter block (one more than the deepest depth); 1 without a drafter."""
+        self._open_session()
         config = self.model.drafter_config
         return 1 if config is None else int(config["block_size"])
 
@@ -517,7 +535,7 @@ class Engine:
             options=options,
             seed=options.resolved_seed(),
             depth=self._depth(options.depth),
-            max_tokens=self.n_ctx if options.max_tokens is None else int(options.max_tokens),
+            max_tokens=self.n_ctx if options.max_tokens is None else min(int(options.max_tokens), self.n_ctx),
             eos_ids=() if options.ignore_eos else self.tokenizer.eos_ids,
             chat_prompt=chat_prompt,
             on_prefill=on_prefill,

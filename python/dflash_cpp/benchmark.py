@@ -20,6 +20,7 @@ from rich.table import Table
 
 from . import __version__, _core
 from .errors import DFlashError
+from .options import GenerateOptions
 
 Depth = int | Literal["auto"]
 
@@ -47,6 +48,9 @@ SHAPES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 
 
+MAX_DIMENSION: Final = 2**24  # the engine's own limit
+
+
 def synthetic_shape(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A shape by name, or the last name's values changed by "k=v,k=v": "m2.7,n_layer=4". drafter_k=v: the drafter's.
 
@@ -67,6 +71,8 @@ def synthetic_shape(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
             into[bare] = float(value) if bare == "rope_theta" else int(value)
         except ValueError:
             raise DFlashError(f"synthetic: {key}: expected a number, found {value!r}") from None
+        if not 0 < into[bare] < MAX_DIMENSION:
+            raise DFlashError(f"synthetic: {key}: expected a number in 1..{MAX_DIMENSION - 1}, found {value}")
     taps = [layer for layer in drafter["target_layers"] if layer <= target["n_layer"]]
     drafter["target_layers"] = taps or [target["n_layer"]]
     return target, drafter
@@ -94,18 +100,21 @@ class BenchOptions:
     lookup: bool = False
     kv_type: str = "auto"
 
-    def check(self, block_size: int) -> None:
-        """Raises DFlashError for values out of range. block_size: of the drafter, 1 without one."""
-        for depth in self.depths:
-            if depth != "auto" and not 0 <= depth < max(block_size, 1):
-                raise DFlashError(
-                    f"depths: expected 'auto' or 0..{block_size - 1} (the drafter's block), found {depth}"
-                )
+    def __post_init__(self) -> None:
         for name, value, least in (("rounds", self.rounds, 1), ("max_tokens", self.max_tokens, 2)):
             if value < least:
                 raise DFlashError(f"{name}: expected a number of at least {least}, found {value}")
         if not self.contexts or min(self.contexts) < 1:
             raise DFlashError(f"contexts: expected prompt lengths of at least 1, found {list(self.contexts)}")
+        GenerateOptions(temperature=self.temperature, seed=self.seed)
+
+    def check(self, block_size: int) -> None:
+        """Raises DFlashError for depths out of range. block_size: of the drafter, 1 without one."""
+        for depth in self.depths:
+            if depth != "auto" and not 0 <= depth < max(block_size, 1):
+                raise DFlashError(
+                    f"depths: expected 'auto' or 0..{block_size - 1} (the drafter's block), found {depth}"
+                )
 
     @property
     def variants(self) -> tuple[Depth, ...]:

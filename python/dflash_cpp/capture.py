@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from .api import Engine
 from .corpus import Sample, write_json_atomically
-from .errors import DFlashError
+from .errors import CapacityError, DFlashError
+from .options import GenerateOptions
+
+if TYPE_CHECKING:
+    from .options import GenerateKwargs
 
 DTYPES: Final = ("bf16", "fp8_e4m3")
 FP8_MAX: Final = 448.0
@@ -46,6 +50,20 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DFlashError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        self.generation(0)
+
+    def generation(self, i: int) -> GenerateKwargs:
+        """Options of the answer to prompt i. Raises DFlashError for values out of range."""
+        options: GenerateKwargs = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed + i,
+            "ignore_eos": self.ignore_eos,
+        }
+        GenerateOptions(**options)
+        return options
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -125,13 +143,20 @@ def write_shard(
         partial.unlink(missing_ok=True)
 
 
-def _whole(path: Path) -> bool:
-    """Whether a shard is there and complete (its header matches its size)."""
+def _is_there(path: Path, prompt: Sample) -> bool:
+    """Whether the prompt's shard is there and complete (its header matches its size).
+
+    Raises DFlashError where it is another prompt's.
+    """
     try:
         with safe_open(str(path), framework="numpy") as shard:
-            return "hidden_states" in shard.keys()  # noqa: SIM118 (not a mapping)
+            n = int((shard.metadata() or {}).get("prompt_tokens", 0))
+            same = np.array_equal(shard.get_tensor("input_ids")[:n], prompt.tokens)
     except (OSError, SafetensorError):
         return False
+    if not same:
+        raise DFlashError(f"{path}: it was made from another prompt than {prompt.name}; use another folder")
+    return True
 
 
 def capture(
@@ -145,11 +170,18 @@ def capture(
     """Generates after every prompt and writes one shard each; returns the paths.
 
     Shards already there and whole are kept, so that an interrupted run goes on where it was. Raises DFlashError when
-    the folder holds shards of other options, and for an engine without a drafter (it says which layers are tapped).
+    the folder holds shards of other options or prompts, and for an engine without a drafter (it says which layers are
+    tapped); CapacityError for a prompt longer than the context, before any work.
     """
     config = engine.model.drafter_config
     if config is None:
         raise DFlashError("capture: a drafter says which layers are tapped; give one")
+    for prompt in prompts:
+        if len(prompt.tokens) > engine.n_ctx:
+            raise CapacityError(
+                f"{prompt.name}: expected at most n_ctx = {engine.n_ctx} tokens, found {len(prompt.tokens)}; leave it "
+                "out or raise n_ctx"
+            )
     out = Path(out_dir)
     target = engine.model.target_config
     manifest = {
@@ -164,8 +196,8 @@ def capture(
     paths = []
     for i, prompt in enumerate(prompts):
         path = out / f"{i:06d}.safetensors"
-        if not _whole(path):
-            _capture_one(engine, prompt, path, options, options.seed + i, manifest)
+        if not _is_there(path, prompt):
+            _capture_one(engine, prompt, path, options, i, manifest)
         paths.append(path)
         if on_progress is not None:
             on_progress(i + 1, len(prompts))
@@ -178,7 +210,7 @@ def _check_folder(out: Path, manifest: dict[str, Any]) -> None:
     except OSError as e:
         raise DFlashError(f"out: expected a folder that can be made at {out}: {e}") from e
     path = out / MANIFEST
-    if path.exists():
+    if path.exists() and any(out.glob("*.safetensors")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
@@ -193,17 +225,9 @@ def _check_folder(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _capture_one(
-    engine: Engine, prompt: Sample, path: Path, options: CaptureOptions, seed: int, manifest: dict[str, Any]
+    engine: Engine, prompt: Sample, path: Path, options: CaptureOptions, i: int, manifest: dict[str, Any]
 ) -> None:
-    answer = engine.generate(
-        prompt.tokens,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=seed,
-        ignore_eos=options.ignore_eos,
-    )
+    answer = engine.generate(prompt.tokens, **options.generation(i))
     tokens = np.array([*prompt.tokens.tolist(), *answer.tokens], dtype=np.int32)
     loss_mask = np.arange(len(tokens)) >= len(prompt.tokens)
     hidden = engine.taps(tokens).reshape(len(tokens), -1)
@@ -214,7 +238,7 @@ def _capture_one(
         "prompt": prompt.name,
         "prompt_tokens": str(len(prompt.tokens)),
         "finish_reason": answer.finish_reason,
-        "seed": str(seed),
+        "seed": str(options.seed + i),
         "options": json.dumps(asdict(options)),
     }
     write_shard(path, tokens, loss_mask, hidden, options.dtype, metadata)

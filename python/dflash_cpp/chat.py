@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final, NoReturn
 
 import jinja2
@@ -113,17 +114,17 @@ class ChatTemplate:
     """A jinja2 chat template in a sandbox: it can read the messages and nothing else."""
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
-        """Raises DFlashError when the template does not parse."""
+        self.source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        # Parsed when first used: a model whose template does not parse can still continue texts.
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise_exception
         env.globals["strftime_now"] = _strftime_now
-        self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        try:
-            self._template = env.from_string(source)
-        except jinja2.TemplateError as e:
-            raise DFlashError(f"chat template: {e}") from e
+        return env.from_string(self.source)
 
     @classmethod
     def from_gguf(cls, gguf: _core.Gguf, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -144,11 +145,13 @@ class ChatTemplate:
         """Prompt text of a conversation.
 
         tools: JSON schemas, given to the template as they are.
-        Raises DFlashError for malformed messages and for what the template refuses.
+        Raises DFlashError for malformed messages, a template that does not parse, and for what it refuses.
         """
         checked = check_messages(messages)
         if tools is not None and (
-            isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools)
+            not isinstance(tools, Sequence)
+            or isinstance(tools, str)
+            or not all(isinstance(tool, Mapping) for tool in tools)
         ):
             raise DFlashError(f"tools: expected a list of mappings, found {tools!r:.80}")
         try:
@@ -158,7 +161,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as e:
             raise DFlashError(f"chat template: {e}") from e
 
 
@@ -178,8 +181,9 @@ def parse_reply(tokenizer: Tokenizer, prompt: str, tokens: Sequence[int], stop: 
     content = tokenizer.decode(rest)
     if rest and reasoning is not None:
         content = content.removeprefix(_THINK_CLOSE).lstrip("\n")
-    if stop is not None and stop in content:
-        content = content[: content.rindex(stop)]
+    if stop is not None:  # the last token may hold text behind the stop string
+        content = content.partition(stop)[0]
+        reasoning = None if reasoning is None else reasoning.partition(stop)[0]
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 from .commands import bench, capture, chat, convert, demo, doctor, generate, inspect, selftest
@@ -20,6 +22,7 @@ examples:
   dflash-cpp convert MiniMax-M2.7-AWQ-4bit -o m2.gguf
   dflash-cpp generate --target m2.gguf --drafter m2-dflash.gguf -p "def quicksort(" --stats"""
 
+EXIT_NO_OUTPUT = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -39,8 +42,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _prepare_streams() -> None:
+    """Streams that the caller closed become empty ones; characters that stdout's encoding lacks are shown as "?"."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Python flushes stdout once more at exit; let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 (demo: the outputs differ), 2 (wrong input), 130 (Ctrl-C)."""
+    """Runs one command and returns its exit code: 0, 1 (demo: the outputs differ; output that cannot be written), 2
+    (wrong input), 130 (Ctrl-C)."""
+    _prepare_streams()
     args = build_parser().parse_args(argv)
     try:
         status = int(args.run(args))
@@ -52,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndflash-cpp: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`| head`). Python flushes stdout once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone (`| head`)
+        _drop_output()
         return 0
+    except OSError as e:  # what commands read and write by name has errors of its own
+        _drop_output()
+        print(f"dflash-cpp: standard output cannot be written: {e.strerror or e}", file=sys.stderr)
+        return EXIT_NO_OUTPUT

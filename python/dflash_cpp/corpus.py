@@ -12,10 +12,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import ChatTemplate
 from .errors import DFlashError
 from .tokenizer import Tokenizer, check_token_ids
 
-FORMATS: Final = ".npy ([n, length] token ids), .jsonl (input_ids or text), .safetensors (input_ids) or plain text"
+FORMATS: Final = (
+    ".npy ([n, length] token ids), .jsonl (input_ids, messages or text), .safetensors (input_ids) or plain text"
+)
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,34 @@ class Sample:
     loss_mask: NDArray[np.bool_] | None = None
 
 
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What sequences are made of, see `read_corpus`."""
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    n_vocab: int
+
+
 def read_corpus(
-    paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer | None, n_vocab: int, *, limit: int | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    tokenizer: Tokenizer | None,
+    n_vocab: int,
+    *,
+    template: ChatTemplate | None = None,
+    limit: int | None = None,
 ) -> list[Sample]:
     """All sequences of the files, in order, at most limit of them.
 
-    tokenizer: for text; None: text is refused. Raises DFlashError naming file and row for ids outside the vocabulary,
-    shapes and values that do not fit, and when there is nothing to read.
+    tokenizer: for text, template: for messages; None: such data is refused. Raises DFlashError naming file and row for
+    ids outside the vocabulary, shapes and values that do not fit, and when there is nothing to read.
     """
     if limit is not None and limit < 1:
         raise DFlashError(f"limit: expected a number of at least 1, found {limit}")
     out: list[Sample] = []
+    vocabulary = _Vocabulary(tokenizer, template, n_vocab)
     for path in paths:
-        for sample in _read(Path(path), tokenizer, n_vocab):
+        for sample in _read(Path(path), vocabulary):
             out.append(sample)
             if limit is not None and len(out) == limit:
                 return out
@@ -51,26 +69,26 @@ def read_corpus(
     return out
 
 
-def _read(path: Path, tokenizer: Tokenizer | None, n_vocab: int) -> Iterator[Sample]:
+def _read(path: Path, vocabulary: _Vocabulary) -> Iterator[Sample]:
     if not path.is_file():
         raise DFlashError(
             f"data: expected a file at {path} ({FORMATS}), found {'a folder' if path.is_dir() else 'nothing'}"
         )
     try:
         if path.suffix == ".npy":
-            yield from _read_npy(path, n_vocab)
+            yield from _read_npy(path, vocabulary.n_vocab)
         elif path.suffix == ".safetensors":
-            yield _read_shard(path, n_vocab)
+            yield _read_shard(path, vocabulary.n_vocab)
         elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path, tokenizer, n_vocab)
+            yield from _read_jsonl(path, vocabulary)
         else:
-            yield _text_sample(str(path), path.read_text(encoding="utf-8"), tokenizer, n_vocab)
-    except (OSError, UnicodeDecodeError) as e:
+            yield _text_sample(str(path), path.read_text(encoding="utf-8"), vocabulary)
+    except (OSError, UnicodeDecodeError, EOFError) as e:
         raise DFlashError(f"data: {path}: cannot be read as {path.suffix or 'text'}: {e}; expected {FORMATS}") from e
 
 
 def _sample(name: str, ids: Any, n_vocab: int, loss_mask: Any = None) -> Sample:
-    array = np.asarray(ids)
+    array = _as_array(ids)
     if array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer):
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= n_vocab:
@@ -83,13 +101,21 @@ def _sample(name: str, ids: Any, n_vocab: int, loss_mask: Any = None) -> Sample:
         array = np.array(check_token_ids(ids, n_vocab, name=name))
     mask = None
     if loss_mask is not None:
-        mask = np.asarray(loss_mask)
+        mask = _as_array(loss_mask)
         if mask.shape != array.shape or not (np.issubdtype(mask.dtype, np.number) or mask.dtype == np.bool_):
             raise DFlashError(
-                f"{name}: loss_mask: expected {array.size} numbers, one for each token, found {mask.shape}"
+                f"{name}: loss_mask: expected {array.size} numbers, one for each token, found {mask.dtype} {mask.shape}"
             )
         mask = mask.astype(bool)
     return Sample(name, array.astype(np.int32), mask)
+
+
+def _as_array(values: Any) -> NDArray[Any]:
+    """Rows of different lengths become an array of objects: of no shape or type that is asked for."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray(values, dtype=object)
 
 
 def _read_npy(path: Path, n_vocab: int) -> Iterator[Sample]:
@@ -97,6 +123,8 @@ def _read_npy(path: Path, n_vocab: int) -> Iterator[Sample]:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as e:
         raise DFlashError(f"data: {path}: expected a .npy file of integers: {e}") from e
+    if not isinstance(rows, np.ndarray):
+        raise DFlashError(f"data: {path}: expected a .npy file of one array, found a .npz archive")
     if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
         raise DFlashError(f"data: {path}: expected integers [n, length], found {rows.dtype} {rows.shape}")
     for i, row in enumerate(rows if rows.ndim == 2 else rows[None]):
@@ -116,7 +144,7 @@ def _read_shard(path: Path, n_vocab: int) -> Sample:
         raise DFlashError(f"data: {path}: expected a safetensors file: {e}") from e
 
 
-def _read_jsonl(path: Path, tokenizer: Tokenizer | None, n_vocab: int) -> Iterator[Sample]:
+def _read_jsonl(path: Path, vocabulary: _Vocabulary) -> Iterator[Sample]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -124,21 +152,55 @@ def _read_jsonl(path: Path, tokenizer: Tokenizer | None, n_vocab: int) -> Iterat
             name = f"{path}: line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:
                 raise DFlashError(f"{name}: expected one JSON object: {e}") from e
-            text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
-            if isinstance(row, dict) and isinstance(row.get("input_ids"), list):
-                yield _sample(name, row["input_ids"], n_vocab, row.get("loss_mask"))
+            values = row if isinstance(row, dict) else {}
+            text = values.get("text", values.get("prompt"))
+            if isinstance(values.get("input_ids"), list):
+                yield _sample(name, values["input_ids"], vocabulary.n_vocab, values.get("loss_mask"))
+            elif isinstance(values.get("messages"), list):
+                yield _chat_sample(name, values["messages"], vocabulary)
             elif isinstance(text, str):
-                yield _text_sample(name, text, tokenizer, n_vocab)
+                yield _text_sample(name, text, vocabulary)
             else:
-                raise DFlashError(f"{name}: expected an object with input_ids (a list) or text (a string)")
+                raise DFlashError(f"{name}: expected an object with input_ids or messages (lists) or text (a string)")
 
 
-def _text_sample(name: str, text: str, tokenizer: Tokenizer | None, n_vocab: int) -> Sample:
-    if tokenizer is None:
+def _text_sample(name: str, text: str, vocabulary: _Vocabulary, *, add_bos: bool | None = None) -> Sample:
+    if vocabulary.tokenizer is None:
         raise DFlashError(f"{name}: text needs a tokenizer, and this target has none; give token ids (.npy)")
-    return _sample(name, tokenizer.encode(text), n_vocab)
+    try:
+        ids = vocabulary.tokenizer.encode(text, add_bos=add_bos)
+    except DFlashError as e:
+        raise DFlashError(f"{name}: {e}") from e
+    return _sample(name, ids, vocabulary.n_vocab)
+
+
+def _chat_sample(name: str, messages: list[Any], vocabulary: _Vocabulary) -> Sample:
+    """A conversation as the target sees it: up to where it answers, or with the answer that is there."""
+    if vocabulary.template is None:
+        raise DFlashError(f"{name}: messages need a chat template, and this target has none; give text")
+    try:
+        answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant" if messages else False
+        text = vocabulary.template.render(messages, add_generation_prompt=not answered)
+    except DFlashError as e:
+        raise DFlashError(f"{name}: {e}") from e
+    return _text_sample(name, text, vocabulary, add_bos=False)  # the template writes it
+
+
+def check_writable(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises DFlashError where a file cannot be made: to be asked before the work whose result goes there."""
+    final = Path(path)
+    folder = final.parent
+    if final.is_dir():
+        problem = "found a folder of that name"
+    elif not folder.is_dir():
+        problem = f"the folder {folder} does not exist"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} may not be written to"
+    else:
+        return
+    raise DFlashError(f"{name}: expected a file that can be written at {final}, but {problem}")
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:

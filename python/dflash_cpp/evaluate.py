@@ -120,6 +120,15 @@ def choose_anchors(
     return np.array([int(rng.choice(part)) for part in parts])
 
 
+def check_anchors(anchors: int, anchor_range: tuple[int, int] | None, seed: int) -> None:
+    """Raises DFlashError for values that `evaluate` does not take, whatever the drafter and the data."""
+    for name, value, least in (("anchors", anchors, 1), ("seed", seed, 0)):
+        if value < least:
+            raise DFlashError(f"{name}: expected a number of at least {least}, found {value}")
+    if anchor_range is not None and not 1 <= anchor_range[0] <= anchor_range[1]:
+        raise DFlashError(f"anchor range: expected 1 <= first <= last, found {anchor_range[0]}:{anchor_range[1]}")
+
+
 def evaluate(
     session: _core.Session,
     block_size: int,
@@ -142,10 +151,7 @@ def evaluate(
     rows = block_size if block_rows is None else block_rows
     if not 2 <= rows <= block_size:
         raise DFlashError(f"block_rows: expected a number in 2..{block_size} (the drafter's block), found {rows}")
-    if anchors < 1:
-        raise DFlashError(f"anchors: expected a number of at least 1, found {anchors}")
-    if anchor_range is not None and not 1 <= anchor_range[0] <= anchor_range[1]:
-        raise DFlashError(f"anchor range: expected 1 <= first <= last, found {anchor_range[0]}:{anchor_range[1]}")
+    check_anchors(anchors, anchor_range, seed)
     slots = rows - 1
     rng = np.random.default_rng(seed)
     chosen = [  # of all sequences, before any work

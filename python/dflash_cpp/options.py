@@ -27,6 +27,8 @@ KV_TYPES: Final = ("auto", "f16", "q8_0", "f32")
 DRAFT_HEADS: Final = ("auto", "target", "q8_0", "q4_0")
 NUMA: Final = ("auto", "off", "interleave")
 MAX_SEED: Final = 2**63 - 1
+MAX_TOKEN_ID: Final = 2**31 - 1
+LARGE: Final = 1e30  # edits of logits up to here stay finite, added up and multiplied
 
 
 class EngineKwargs(TypedDict, total=False):
@@ -81,7 +83,9 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
 def _check_float(name: str, value: object, expected: str, valid: Callable[[float], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise _fail(name, expected, value)
-    if not math.isfinite(value) or not valid(float(value)):
+    with np.errstate(over="ignore"):
+        single = float(np.float32(value))  # what the engine computes with
+    if not math.isfinite(single) or not valid(single):
         raise _fail(name, expected, value)
 
 
@@ -156,7 +160,8 @@ class GenerateOptions:
     seed: the draw at a position depends on (seed, position) only; None: drawn, and reported in the statistics.
     stop: strings that end the answer; they are not part of its text.
     depth: drafts per round, 0..block_size - 1, or "auto". Changes the speed, never the answer.
-    repetition_penalty: divides positive and multiplies negative logits of tokens seen (Keskar et al. 2019); 1: off.
+    repetition_penalty: divides positive and multiplies negative logits of tokens seen (Keskar et al. 2019); 1: off;
+        1e-6 to 1e6.
     presence_penalty, frequency_penalty: subtracted once, and once per occurrence; 0: off.
     penalty_last_n: tokens looked back at for the penalties, prompt included; -1: all.
     logit_bias: token id -> number added to its logit; -inf forbids the token.
@@ -196,9 +201,13 @@ class GenerateOptions:
                 raise _fail("stop", "a non-empty string, or a sequence of them", s)
         if self.depth != "auto":
             _check_int("depth", self.depth, 0)
-        _check_float("repetition_penalty", self.repetition_penalty, "a number above 0", lambda x: x > 0)
-        _check_float("presence_penalty", self.presence_penalty, "a finite number", lambda x: True)
-        _check_float("frequency_penalty", self.frequency_penalty, "a finite number", lambda x: True)
+        # the limits as rounded to single precision are within
+        _check_float(
+            "repetition_penalty", self.repetition_penalty, "a number in 1e-6..1e6", lambda x: 0.9e-6 < x < 1.1e6
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            expected = f"a number in {-LARGE:g}..{LARGE:g}"
+            _check_float(name, getattr(self, name), expected, lambda x: abs(x) < 1.1 * LARGE)
         _check_int("penalty_last_n", self.penalty_last_n, -1, 2**31 - 1)
         self._check_bias()
         if self.logits_hook is not None and not callable(self.logits_hook):
@@ -212,9 +221,10 @@ class GenerateOptions:
         if not isinstance(self.logit_bias, Mapping):
             raise _fail("logit_bias", "a mapping of token id to number", self.logit_bias)
         for token, bias in self.logit_bias.items():
-            _check_int("logit_bias token id", token, 0)
+            _check_int("logit_bias token id", token, 0, MAX_TOKEN_ID)
             if bias != -math.inf:
-                _check_float(f"logit_bias of token {token}", bias, "a finite number or -inf", lambda x: True)
+                expected = f"a number up to {LARGE:g}, or -inf to forbid it"
+                _check_float(f"logit_bias of token {token}", bias, expected, lambda x: x < 1.1 * LARGE)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -276,6 +286,9 @@ def check_path(name: str, path: str | os.PathLike[str]) -> str:
     if not isinstance(text, str):
         raise _fail(name, "a path of text", text)
     if not os.path.isfile(text):  # noqa: PTH113 (a str has just been checked; no Path is needed)
-        what = "a folder (convert it first: dflash-cpp convert)" if os.path.isdir(text) else "nothing"  # noqa: PTH112
+        what = "nothing"
+        if os.path.exists(text):  # noqa: PTH110
+            folder = os.path.isdir(text)  # noqa: PTH112
+            what = "a folder (convert it first: dflash-cpp convert)" if folder else "no regular file"
         raise DFlashError(f"{name}: expected a GGUF file at {text}, found {what}")
     return text

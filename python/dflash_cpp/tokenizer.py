@@ -133,9 +133,11 @@ class Tokenizer:
         if not isinstance(text, str):
             raise DFlashError(f"text: expected a string, found {type(text).__name__}")
         try:
-            ids = list(self._tok.encode(text, add_special_tokens=False).ids)
-        except (TypeError, UnicodeError) as e:  # lone surrogates have no UTF-8 form
-            raise DFlashError(f"text: expected Unicode text, found what UTF-8 cannot hold ({e})") from e
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:  # half a surrogate pair, or a byte that was no UTF-8 when it was read
+            found = f"{text[e.start]!r} at character {e.start}"
+            raise DFlashError(f"text: expected Unicode text, found {found}, which UTF-8 cannot hold") from None
+        ids = list(self._tok.encode(text, add_special_tokens=False).ids)
         if (self.add_bos if add_bos is None else add_bos) and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids

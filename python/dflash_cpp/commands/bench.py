@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .. import _core, benchmark, plots
-from ..corpus import write_json_atomically
+from ..corpus import check_writable, write_json_atomically
 from ..errors import DFlashError
 from ..options import BACKENDS, KV_TYPES, check_path
 from . import common
@@ -91,19 +92,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints tables; 0."""
     if args.plot is not None:
         plots.need_matplotlib()
-    tokens: Any = None
-    if args.data is not None:
-        if args.target is None:
-            raise DFlashError("--data: expected --target, whose tokens they are")
-        tokens = np.concatenate([s.tokens for s in load_samples(args, args.data, None)])
-    model = load_model(args)
-    block = 1 if model.drafter_config is None else int(model.drafter_config["block_size"])
-    depths = args.depths
-    if depths is None:
-        default = benchmark.BenchOptions().depths
-        depths = tuple(d for d in default if block > 1 and (d == "auto" or d < block))
+        check_writable("--plot", args.plot)
+    if args.json is not None:
+        check_writable("--json", args.json)
     options = benchmark.BenchOptions(
-        depths=depths,
+        depths=args.depths or (),
         contexts=args.contexts,
         rounds=args.rounds,
         max_tokens=args.max_tokens,
@@ -114,6 +107,16 @@ def run(args: argparse.Namespace) -> int:
         lookup=args.lookup,
         kv_type=args.kv_type,
     )
+    tokens: Any = None
+    if args.data is not None:
+        if args.target is None:
+            raise DFlashError("--data: expected --target, whose tokens they are")
+        tokens = np.concatenate([s.tokens for s in load_samples(args, args.data, None)])
+    model = load_model(args)
+    block = 1 if model.drafter_config is None else int(model.drafter_config["block_size"])
+    if args.depths is None:
+        default = benchmark.BenchOptions().depths
+        options = replace(options, depths=tuple(d for d in default if block > 1 and (d == "auto" or d < block)))
     bench = benchmark.Benchmark(model, options, tokens)
     console = common.stderr_console()
     with common.count_progress(console, "measurements") as progress:

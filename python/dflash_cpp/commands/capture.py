@@ -20,7 +20,13 @@ def add(subparsers: common.Subparsers) -> None:
     summary = "write the target's own answers and hidden states, to train a drafter on"
     parser = common.add_command(subparsers, "capture", run, summary, _EXAMPLES)
     common.add_engine_flags(parser)
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=".jsonl, .npy, text (one prompt)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl (text or messages), .npy or text (one prompt)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of shards; a run cut short goes on there")
     parser.add_argument("--limit", type=int, metavar="N", help="prompts to use (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default=d.dtype, help="of hidden states (default: %(default)s)")

@@ -33,7 +33,10 @@ def add(subparsers: common.Subparsers) -> None:
 def _read(console: Console) -> str | None:
     """One line from the user; None at the end of input. Ctrl-C at the prompt asks again."""
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as e:
+            raise DFlashError(f"standard input: expected UTF-8 text: {e}") from e
         return line.rstrip("\n") if line else None
     while True:
         try:
@@ -76,9 +79,9 @@ def converse(engine: Engine, args: argparse.Namespace, console: Console) -> int:
             messages.append({"role": "user", "content": line})
             try:
                 stream = engine.stream(messages=messages, **options)
-            except CapacityError as e:
+            except DFlashError as e:  # too long, or refused by the template: the conversation so far stands
                 messages.pop()
-                console.print(f"{e}; or /reset", markup=False)
+                console.print(f"{e}; or /reset" if isinstance(e, CapacityError) else str(e), markup=False)
                 continue
             finished = _answer(stream)
             result = stream.result

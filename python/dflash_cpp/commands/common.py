@@ -70,14 +70,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """--target, --drafter and the fields of `EngineOptions`."""
     d = EngineOptions()
     group = parser.add_argument_group("model")
-    group.add_argument("--target", required=True, metavar="FILE", help="target GGUF")
-    group.add_argument("--drafter", metavar="FILE", help="drafter GGUF; without it decoding is plain")
+    group.add_argument("--target", "-m", required=True, metavar="FILE", help="target GGUF")
+    group.add_argument("--drafter", "-md", metavar="FILE", help="drafter GGUF; without it decoding is plain")
     group.add_argument("--backend", choices=BACKENDS, default=d.backend)
     group.add_argument("--precise", action="store_true", help="f32 activations: the slower reference mode")
     group.add_argument(
-        "--n-ctx", type=int, default=d.n_ctx, metavar="N", help="context in tokens (default: %(default)s)"
+        "--n-ctx", "-c", type=int, default=d.n_ctx, metavar="N", help="context in tokens (default: %(default)s)"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
     group.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
     group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N", help="prompt tokens of a prefill chunk")
     group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
@@ -203,6 +203,6 @@ def read_text_file(name: str, path: str) -> str:
 def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, total) that draws a bar with the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

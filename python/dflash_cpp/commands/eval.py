@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from .. import _core
-from ..corpus import Sample, read_corpus, write_json_atomically
+from ..chat import ChatTemplate
+from ..corpus import Sample, check_writable, read_corpus, write_json_atomically
 from ..errors import DFlashError
-from ..evaluate import evaluate
+from ..evaluate import check_anchors, evaluate
 from ..options import check_path
 from ..tokenizer import Tokenizer
 from . import common
@@ -62,13 +63,17 @@ def load_samples(args: argparse.Namespace, files: list[str], limit: int | None) 
         tokenizer = Tokenizer(gguf)
     except DFlashError:
         tokenizer = None  # token ids need none; read_corpus() says so where there is text
-    return read_corpus(files, tokenizer, int(n_vocab), limit=limit)
+    template = None if tokenizer is None else ChatTemplate.from_gguf(gguf, tokenizer)
+    return read_corpus(files, tokenizer, int(n_vocab), template=template, limit=limit)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 0."""
     if args.drafter is None:
         raise DFlashError("--drafter: expected the drafter to evaluate, found none")
+    check_anchors(args.anchors, args.anchor_range, args.seed)
+    if args.json is not None:
+        check_writable("--json", args.json)
     samples = load_samples(args, args.data, args.limit)
     if args.n_ctx is None:
         args.n_ctx = max(2, *(len(s.tokens) for s in samples))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import DFlashError
+from rich.console import Console
+
+from .. import _core
+from ..errors import CapacityError, DFlashError
+from ..options import check_path
+from ..tokenizer import Tokenizer
 from . import common
 
 _EXAMPLES = """\
@@ -27,23 +32,37 @@ def add(subparsers: common.Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of streamed text")
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def _prompt(args: argparse.Namespace, console: Console) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.prompt_file is not None:
         return common.read_text_file("--prompt-file", args.prompt_file)
+    if sys.stdin.isatty():
+        console.print("type the prompt; Ctrl-D on a line of its own ends it")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as e:
         raise DFlashError(f"standard input: expected UTF-8 text: {e}") from e
 
 
+def _check_length(args: argparse.Namespace, prompt: str) -> None:
+    """Refuses a prompt longer than the context before minutes of loading. A token stands for a byte or more."""
+    if len(prompt.encode(errors="replace")) <= args.n_ctx:
+        return
+    n = len(Tokenizer(_core.Gguf(check_path("target", args.target))).encode(prompt))
+    if n > args.n_ctx:
+        raise CapacityError(
+            f"prompt: expected at most n_ctx = {args.n_ctx} tokens, found {n}; shorten it or raise --n-ctx"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Streams the text; 0."""
-    options, prompt = common.generate_options(args), _prompt(args)
+    console = common.stderr_console()
+    options, prompt = common.generate_options(args), _prompt(args, console)
     if not prompt:
         raise DFlashError("prompt: expected text, found an empty string")
-    console = common.stderr_console()
+    _check_length(args, prompt)
     with common.load_engine(args, console) as engine:
         messages = [{"role": "user", "content": prompt}] if args.chat else None
         with engine.stream(None if args.chat else prompt, messages=messages, **options) as stream:

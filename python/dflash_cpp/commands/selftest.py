@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from .. import _core, selftest
-from ..corpus import write_json_atomically
+from ..corpus import check_writable, write_json_atomically
+from ..errors import DFlashError
+from ..evaluate import check_anchors
 from ..options import BACKENDS, check_path
 from ..tokenizer import Tokenizer
 from . import common
@@ -40,6 +43,13 @@ def add(subparsers: common.Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints variants and verdict; 0 when the drafter fits, 1 when not."""
     target, drafter = check_path("target", args.target), check_path("drafter", args.drafter)
+    check_anchors(args.anchors, None, 0)
+    if args.limit < 1:
+        raise DFlashError(f"--limit: expected a number of at least 1, found {args.limit}")
+    if args.expect is not None and not 0 <= args.expect < math.inf:
+        raise DFlashError(f"--expect: expected a number of accepted tokens, found {args.expect}")
+    if args.json is not None:
+        check_writable("--json", args.json)
     samples, prompts = None, []
     if args.data is not None:
         samples = load_samples(args, args.data, args.limit)
