@@ -243,8 +243,10 @@ class DepthPolicy:
         draft_seconds: float,
         verify_seconds: float,
         lookup_match: int = 0,
+        ingested: int = 0,
+        ingest_seconds: float = 0.0,
     ) -> None:
-        """One round's outcome."""
+        """One round's outcome. ingested: tokens that the drafter took in at one go since the last one."""
     def observe_unverified(self, slot: int, confidence: float, stood: bool) -> None:
         """Whether a drafted slot (from 0) that was not verified would have stood; all slots before it did."""
     def verify_cost(self, width: int) -> float:
