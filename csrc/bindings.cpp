@@ -482,6 +482,7 @@ void bind_session(py::module_& m) {
              py::dict d;
              d["verify_seconds"] = verify;
              d["draft_seconds"] = draft;
+             d["ingest_seconds"] = p.ingest_cost();
              d["best_rate"] = p.best_rate();
              d["parked"] = p.parked();
              d["asleep"] = p.asleep();

@@ -186,7 +186,6 @@ constexpr double kUpsideShare = 0.7;    // looks may cost so much of what drafti
 constexpr double kMostShare = 0.03;     // ... but no more of the time than this ...
 constexpr double kLeastShare = 0.004;   // ... and this, however hopeless: texts change
 constexpr double kFirstLooks = 0.55;    // plain rounds for looks at that share whatever they say, by the prior
-constexpr double kFirstCharge = 1.25;   // plain rounds charged for the first at most: it may be an outlier
 constexpr double kDoubt = 0.25;         // standard errors that a look is taken to lose beyond what is expected ...
 constexpr double kMostDoubt = 0.1;      // ... of no more than this
 constexpr int kAskParked = 8;           // plain rounds between two estimates without news of drafts ...
@@ -411,7 +410,8 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   }
   if (drafted_rounds_ % kExplore == 0) {
     // The line through the costs cannot know of a kernel that is fast up to some width: measure all up to it.
-    for (int n = 1; n <= std::min(depth + 1, static_cast<int>(confidence.size())); ++n) {
+    const int widest = std::min(parked_ ? depth : depth + 1, static_cast<int>(confidence.size()));
+    for (int n = 1; n <= widest; ++n) {
       if (verify_.count(static_cast<size_t>(n)) < kMeasured) return n;
     }
   }
@@ -431,8 +431,7 @@ void DepthPolicy::charge(const RoundOutcome& o) {
   const double seconds = draft_cost(o.drafted) + heard + verify_cost(o.verified + 1) + settling_cost();
   const double rounds = seconds / verify_cost(1);
   const double doubt = kDoubt * std::min(error_, kMostDoubt) * rounds;
-  const double cost = std::max(rounds - tokens, 0.0) + doubt;
-  debt_ += drafted_rounds_ == 1 ? std::min(cost, kFirstCharge) : cost;
+  debt_ += std::max(rounds - tokens, 0.0) + doubt;
 }
 
 void DepthPolicy::observe(const RoundOutcome& o) {

@@ -111,7 +111,8 @@ class DepthPolicy {
   int max_depth() const { return max_depth_; }
   double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
-  double best_rate() const { return rate_; }                                                  // tokens a second
+  double ingest_cost() const { return ingest_.any() ? ingest_.at(0) : 0.0; }  // seconds a token, of a backlog
+  double best_rate() const { return rate_; }                                  // tokens a second
   bool parked() const { return parked_; }
   // Parked, the next look some way off, and taking in all of the text dearer than looks may be: until then the drafter
   // need not be told of the text. Before a look it hears of the last tokens, and of all from a look on that shows more.
@@ -142,7 +143,6 @@ class DepthPolicy {
   void remember(const std::vector<float>& confidence);
   void charge(const RoundOutcome& o);
   void heed_news();
-  double ingest_cost() const { return ingest_.any() ? ingest_.at(0) : 0.0; }  // seconds a token
   // What the plain round after a look takes longer, its caches cold.
   double settling_cost() const { return settling_.any() ? std::max(0.0, settling_.at(0) - verify_.at(0)) : 0.0; }
 

@@ -207,8 +207,8 @@ class Session:
         proposed (slots the drafter computed), lookup_drafted, lookup_accepted,
         left_out_tokens (committed while the drafter slept)."""
     def policy_state(self) -> dict[str, Any]:
-        """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
-        parked, asleep."""
+        """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], ingest_seconds (a token
+        of a backlog), best_rate (tokens a second), parked, asleep."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
