@@ -53,8 +53,8 @@ def test_grid_of_acceptances_and_costs(informative: float) -> None:
     cells = []
     for acceptance, verify, draft in GRID:
         text = Text(ACCEPTANCE[acceptance], informative=informative)
-        # Medians of three: a session of 400 rounds is short enough for luck.
-        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        # Medians of five: a session of 400 rounds is short enough for luck.
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(5)]
         loss, regret = np.median([settled(r) for r in runs], axis=0)
         cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
     check(cells, LOSS, REGRET)
