@@ -267,6 +267,9 @@ int Session::prefill() {
     }
     commit(rows);
     backend_.take_expert_count();
+    // A sleeping drafter hears of a prompt only if a look comes soon.
+    const bool asleep = params_.depth < 0 && policy_.asleep();
+    if (drafting_ && !asleep && pos_ == prompt_tokens_) ingest_pending();
   }
   stats_.prefill_seconds += watch.seconds() - (stats_.ingest_seconds - ingested);
   return pos_;
