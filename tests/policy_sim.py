@@ -202,9 +202,10 @@ def simulate(
     run = Run(np.zeros(total), np.zeros(total), expected, fixed_seconds, [], [], [], [])
     followed: list[tuple[int, float, bool]] = []
 
-    def take_in(seconds: float, at: int) -> dict[str, float]:
-        """What the policy is told of a backlog."""
-        return {"ingested": round(waiting), "ingest_seconds": noise.of(rng, seconds, at)} if seconds > 0.0 else {}
+    def take_in(tokens: float, at: int) -> tuple[int, float]:
+        """A backlog of so many tokens: what the policy is told of it."""
+        seconds = unit * extra.ingest * tokens
+        return (round(tokens), noise.of(rng, seconds, at)) if seconds > 0.0 else (0, 0.0)
 
     for i in range(total):
         has_match = rng.random() < lookup.share
@@ -229,11 +230,12 @@ def simulate(
             accepted = min(depth, stands)
             hearing = extra.ingest * waiting
             backlog = waiting > BLOCK
+            ingested, ingest_seconds = take_in(waiting if backlog else 0.0, i)
             policy.observe(
                 source, verified=depth, accepted=accepted, confidence=confidence,
                 draft_seconds=noise.of(rng, unit * (draft_cost[n] + (0.0 if backlog else hearing)), i),
                 verify_seconds=noise.of(rng, unit * verify[depth], i),
-                **take_in(unit * hearing if backlog else 0.0, i),
+                ingested=ingested, ingest_seconds=ingest_seconds,
             )  # fmt: skip
             waiting = 0.0
             # Slots not verified are told as the text goes on, the first of them at once.
@@ -243,10 +245,11 @@ def simulate(
             depth = 0
             cold = extra.settling if run.drafted and run.drafted[-1] > 0 else 0.0
             run.tokens[i], run.seconds[i] = 1.0, verify[0] + cold
+            ingested, ingest_seconds = take_in(waiting if i == 0 else 0.0, i)
             policy.observe(
                 source, verified=0, accepted=0, confidence=[], draft_seconds=0.0,
                 verify_seconds=noise.of(rng, unit * (verify[0] + cold), i),
-                **take_in(unit * extra.ingest * waiting if i == 0 else 0.0, i),
+                ingested=ingested, ingest_seconds=ingest_seconds,
             )  # fmt: skip
             waiting = 0.0 if i == 0 else waiting
         for _ in range(round(run.tokens[i]) if source == "lookup" else 1):
