@@ -75,11 +75,11 @@ class Arm:
         self.steps = []
         self._count(-1)
 
-    def take_turn(self, to: int) -> None:
-        """Steps until so many tokens are there: COLD untimed, then at least one timed."""
+    def take_turn(self, to: int, at_least: int = COLD + 1) -> None:
+        """Steps until so many tokens are there and, if it takes any, at_least of them; COLD untimed, then timed."""
         step = None
         steps = 0
-        while self.at < to or 0 < steps <= COLD:
+        while self.at < to or 0 < steps < at_least:
             if step is not None and step.stop is not None:
                 return
             start = perf_counter()
@@ -113,9 +113,11 @@ def run_text(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace) -
             if args.fresh or r == -args.warm_up:
                 arm.open()
             arm.begin(prompt, args)
-        for end in [*range(1 + args.turn, args.tokens, args.turn), args.tokens]:
+        # The first turn is cut short by chance: which steps are timed must not follow from where a session does what.
+        first = 1 + rng.randint(1, args.turn)
+        for end in [*range(first, args.tokens, args.turn), args.tokens]:
             for arm in rng.sample(arms, len(arms)):
-                arm.take_turn(end)
+                arm.take_turn(end, at_least=1 if end == first else COLD + 1)
         for arm in arms:
             steps = arm.end()
             if r >= 0:

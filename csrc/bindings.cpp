@@ -481,6 +481,7 @@ void bind_session(py::module_& m) {
              py::dict d;
              d["verify_seconds"] = verify;
              d["draft_seconds"] = draft;
+             d["ingest_seconds"] = p.ingest_cost();
              d["best_rate"] = p.best_rate();
              d["parked"] = p.parked();
              d["asleep"] = p.asleep();
@@ -550,7 +551,8 @@ void bind_policy(py::module_& m) {
       .def(
           "observe",
           [](DepthPolicy& p, const std::string& source, int verified, int accepted,
-             const std::vector<float>& confidence, double draft_seconds, double verify_seconds, int lookup_match) {
+             const std::vector<float>& confidence, double draft_seconds, double verify_seconds, int lookup_match,
+             int ingested, double ingest_seconds) {
             if (verified < 0 || verified > p.max_depth()) fail("verified: 0 to ", p.max_depth(), " expected");
             if (accepted < 0 || accepted > verified) fail("accepted: 0 to verified expected, found ", accepted);
             RoundOutcome o;
@@ -567,10 +569,13 @@ void bind_policy(py::module_& m) {
             o.draft_seconds = draft_seconds;
             o.verify_seconds = verify_seconds;
             o.lookup_match = lookup_match;
+            o.ingested = ingested;
+            o.ingest_seconds = ingest_seconds;
             p.observe(o);
           },
           py::arg("source"), py::kw_only(), py::arg("verified"), py::arg("accepted"), py::arg("confidence"),
-          py::arg("draft_seconds"), py::arg("verify_seconds"), py::arg("lookup_match") = 0)
+          py::arg("draft_seconds"), py::arg("verify_seconds"), py::arg("lookup_match") = 0, py::arg("ingested") = 0,
+          py::arg("ingest_seconds") = 0.0)
       .def(
           "observe_unverified",
           [](DepthPolicy& p, int slot, float confidence, bool stood) {

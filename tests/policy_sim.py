@@ -66,6 +66,7 @@ DRAFT = (0.045, 0.1, 0.2, 0.4)
 # A drafter that missed some text and heard of the last 16, 48, 128 tokens again accepts 71, 82, 85% in slot 1 instead
 # of 86% (mini pair, strong): log-odds lost, by tokens heard.
 FORGETFUL, RECOVERY = 1.9, 24.0
+PROMPT = 128  # tokens, taken in before the first round
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Noise:
         """One measurement."""
         t = seconds * float(np.exp(self.spread * rng.standard_normal())) * self.load(at)
         return t * float(rng.uniform(1.5, self.largest)) if rng.random() < self.outliers else t
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What drafting costs beyond the drafter's run and the pass, relative to a pass of one row."""
+
+    ingest: float = 0.0  # a token that the drafter takes in
+    settling: float = 0.0  # caches left cold: what a plain round right after a drafted one takes longer
 
 
 @dataclass(frozen=True)
@@ -172,11 +181,12 @@ def simulate(
     unit: float = 0.02,
     policy: _core.DepthPolicy | None = None,
     forgetful: float = FORGETFUL,
+    extra: Extra | None = None,
 ) -> Run:
     """Runs the policy through texts of (text, rounds). unit: seconds of one plain pass. prior: what the policy is
     told beforehand (default: the byte model of a mixture of experts, whatever the truth). forgetful: log-odds that a
     drafter loses which slept just before; fixed depths never sleep."""
-    noise, lookup = noise or Noise(), lookup or Lookup()
+    noise, lookup, extra = noise or Noise(), lookup or Lookup(), extra or Extra()
     rng = np.random.default_rng(seed)
     prior_verify, prior_draft = prior or (list(moe(0.75)), 0.2)
     policy = policy or _core.DepthPolicy(prior_verify, prior_draft)
@@ -185,11 +195,18 @@ def simulate(
     true, seen = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     total = len(true)
     expected = expected_tokens(true)
-    fixed_seconds = np.broadcast_to(verify + draft_cost, (total, BLOCK))
+    fixed_seconds = verify + draft_cost + extra.ingest * expected * (np.arange(BLOCK) > 0)
     luck = rng.random((total, SLOTS))
     heard = np.inf  # tokens since the drafter last slept
+    waiting = float(PROMPT)  # tokens that the drafter has not taken in
     run = Run(np.zeros(total), np.zeros(total), expected, fixed_seconds, [], [], [], [])
     followed: list[tuple[int, float, bool]] = []
+
+    def take_in(tokens: float, at: int) -> tuple[int, float]:
+        """A backlog of so many tokens: what the policy is told of it."""
+        seconds = unit * extra.ingest * tokens
+        return (round(tokens), noise.of(rng, seconds, at)) if seconds > 0.0 else (0, 0.0)
+
     for i in range(total):
         has_match = rng.random() < lookup.share
         source, n = policy.plan(SLOTS, True, lookup.match if has_match else 0, SLOTS if has_match else 0)
@@ -211,25 +228,38 @@ def simulate(
             depth = policy.verify_depth(confidence)
             run.tokens[i], run.seconds[i] = expected_tokens(here[None])[0, depth], verify[depth] + draft_cost[n]
             accepted = min(depth, stands)
+            hearing = extra.ingest * waiting
+            backlog = waiting > BLOCK
+            ingested, ingest_seconds = take_in(waiting if backlog else 0.0, i)
             policy.observe(
                 source, verified=depth, accepted=accepted, confidence=confidence,
-                draft_seconds=noise.of(rng, unit * draft_cost[n], i),
+                draft_seconds=noise.of(rng, unit * (draft_cost[n] + (0.0 if backlog else hearing)), i),
                 verify_seconds=noise.of(rng, unit * verify[depth], i),
+                ingested=ingested, ingest_seconds=ingest_seconds,
             )  # fmt: skip
+            waiting = 0.0
             # Slots not verified are told as the text goes on, the first of them at once.
             told = range(depth, min(n, stands + 1)) if accepted == depth else range(0)
             followed = [(k, confidence[k], k < stands) for k in told]
         else:
             depth = 0
-            run.tokens[i], run.seconds[i] = 1.0, verify[0]
+            cold = extra.settling if run.drafted and run.drafted[-1] > 0 else 0.0
+            run.tokens[i], run.seconds[i] = 1.0, verify[0] + cold
+            ingested, ingest_seconds = take_in(waiting if i == 0 else 0.0, i)
             policy.observe(
                 source, verified=0, accepted=0, confidence=[], draft_seconds=0.0,
-                verify_seconds=noise.of(rng, unit * verify[0], i),
+                verify_seconds=noise.of(rng, unit * (verify[0] + cold), i),
+                ingested=ingested, ingest_seconds=ingest_seconds,
             )  # fmt: skip
+            waiting = 0.0 if i == 0 else waiting
         for _ in range(round(run.tokens[i]) if source == "lookup" else 1):
             if followed:
                 policy.observe_unverified(*followed.pop(0))
-        heard = 0.0 if run.asleep[i] else heard + run.tokens[i]
+        if run.asleep[i]:
+            heard = waiting = 0.0
+        else:
+            heard, waiting = heard + run.tokens[i], waiting + run.tokens[i]
+            run.seconds[i] += extra.ingest * run.tokens[i]
         run.depth.append(depth)
         run.drafted.append(n if source == "dflash" else 0)
     return run

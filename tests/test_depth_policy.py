@@ -11,7 +11,22 @@ import numpy as np
 import pytest
 
 from dflash_cpp import _core
-from policy_sim import ACCEPTANCE, BLOCK, DRAFT, SLOTS, VERIFY, Lookup, Noise, Run, Text, linear, logit, moe, simulate
+from policy_sim import (
+    ACCEPTANCE,
+    BLOCK,
+    DRAFT,
+    SLOTS,
+    VERIFY,
+    Extra,
+    Lookup,
+    Noise,
+    Run,
+    Text,
+    linear,
+    logit,
+    moe,
+    simulate,
+)
 
 SETTLED = 200  # rounds within which the policy has to have found its depth
 MEASURED = 400  # rounds judged after that
@@ -38,8 +53,8 @@ def test_grid_of_acceptances_and_costs(informative: float) -> None:
     cells = []
     for acceptance, verify, draft in GRID:
         text = Text(ACCEPTANCE[acceptance], informative=informative)
-        # Medians of three: a session of 400 rounds is short enough for luck.
-        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        # Medians of five: a session of 400 rounds is short enough for luck.
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(5)]
         loss, regret = np.median([settled(r) for r in runs], axis=0)
         cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
     check(cells, LOSS, REGRET)
@@ -105,14 +120,39 @@ def test_it_comes_back_when_the_text_changes() -> None:
     assert np.mean(np.array(run.drafted[700:]) > 0) > 0.9
 
 
-def test_a_drafter_far_from_paying_sleeps_between_probes() -> None:
-    run = simulate([(Text(ACCEPTANCE["none"]), 1200)], moe(0.75), 0.4, seed=1)
+def test_a_drafter_sleeps_between_probes_where_hearing_the_text_costs_more_than_looks_may() -> None:
+    run = simulate([(Text(ACCEPTANCE["none"]), 1200)], moe(0.75), 0.4, seed=1, extra=Extra(ingest=0.02))
     asleep, drafted = np.array(run.asleep), np.array(run.drafted) > 0
     assert asleep[400:].mean() > 0.4
     for probe in np.flatnonzero(drafted):
         assert not asleep[max(0, probe - 20) : probe].any(), "it hears of the text before it is asked"
-    near = simulate([(Text(ACCEPTANCE["card"]), 800)], moe(0.66), 0.1, seed=1)
-    assert not any(near.asleep), "nor does it sleep where drafting nearly pays"
+    cheap = simulate([(Text(ACCEPTANCE["none"]), 1200)], moe(0.75), 0.4, seed=1, extra=Extra(ingest=0.002))
+    assert not any(cheap.asleep), "nor does it sleep where it would save next to nothing"
+
+
+# The mini pair on a CPU, its drafter as dear as a plain pass.
+MINI, MINI_EXTRA = np.array([1.0, 1.46, 1.9, 2.35, 2.8, *(3.25 + 0.45 * np.arange(11))]), Extra(0.02, 0.2)
+
+
+@pytest.mark.parametrize("acceptance", ["weak", "poor"])
+def test_a_look_is_charged_all_it_costs(acceptance: str) -> None:
+    told = (list(moe(0.75)), 0.6)
+    texts = [(Text(ACCEPTANCE[acceptance], spread=1.0, informative=0.5), 1200)]
+    runs = [simulate(texts, MINI, 0.95, seed=s, unit=2e-4, prior=told, extra=MINI_EXTRA) for s in range(6)]
+    assert np.mean([r.loss(slice(0, SETTLED)) for r in runs]) < 0.016, "first looks included"
+    assert np.mean([r.loss(slice(SETTLED, 1200)) for r in runs]) < 0.006
+
+
+@pytest.mark.parametrize("extra", [Extra(ingest=0.1), Extra(settling=2.0)], ids=["ingest", "settling"])
+def test_what_looks_cost_besides_the_draft_makes_them_rarer(extra: Extra) -> None:
+    def looks(extra: Extra) -> int:
+        text = Text(ACCEPTANCE["none"])
+        return sum(
+            sum(n > 0 for n in simulate([(text, 2000)], VERIFY["rows"], 0.4, seed=s, extra=extra).drafted[200:])
+            for s in range(3)
+        )
+
+    assert looks(extra) < 0.5 * looks(Extra())
 
 
 def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:

@@ -118,6 +118,8 @@ def test_drafting_after_a_sleep(engine: Engine, prompts: list[Ids]) -> None:
     while session.step().stop is None and session.stats()["left_out_tokens"] <= 250:
         pass  # when it sleeps is for the clock to say: a busy machine takes longer
     assert session.stats()["left_out_tokens"] > 100
+    state = session.policy_state()
+    assert 0.0 < state["ingest_seconds"] < state["verify_seconds"][0], "it sleeps because hearing the text has a price"
     middle = session.tokens[:-80]  # back into what it missed
     whole = [*session.tokens, *prompts[1][:30]]
     drafted = {}

@@ -29,6 +29,7 @@ class Calibration {
     return surprise;
   }
 
+  double evidence_of_rise() const { return risen_; }  // log-likelihood ratio, not believed yet
   // Adds scale * d log-odds(slot) / d parameters to gradient [n_parameters()]; the variance of a quantity with that
   // gradient.
   void add_gradient(int slot, double log_odds, double scale, std::vector<double>& gradient) const;

@@ -183,10 +183,9 @@ constexpr double kSure = 0.3;           // drafting pays for sure: by so many st
 constexpr double kLeastMargin = 0.005;  // ... this much at least, since the best of several estimates promises too much
 constexpr double kMostMargin = 0.08;    // ... and no more: what is wrong is soon corrected while drafting goes on
 constexpr double kUpsideShare = 0.7;    // looks may cost so much of what drafting could still gain ...
-constexpr double kMostShare = 0.03;     // ... but no more of the time than this ...
+constexpr double kMostShare = 0.025;    // ... but no more of the time than this ...
 constexpr double kLeastShare = 0.004;   // ... and this, however hopeless: texts change
-constexpr int kFirstLooks = 4;          // whatever these say: a first measurement may be an outlier ...
-constexpr double kMostCharge = 1.25;    // ... so a look is charged no more plain rounds than this, or than the draft
+constexpr double kFirstLooks = 0.55;    // plain rounds for looks at that share whatever they say, by the prior
 constexpr double kDoubt = 0.25;         // standard errors that a look is taken to lose beyond what is expected ...
 constexpr double kMostDoubt = 0.1;      // ... of no more than this
 constexpr int kAskParked = 8;           // plain rounds between two estimates without news of drafts ...
@@ -197,9 +196,9 @@ constexpr int kCopyLook = 48;           // ... every so many candidates left asi
 constexpr int kCopyTry = 7;             // ... at this many tokens
 constexpr size_t kWarmUp = 3;           // plain rounds first: every comparison is with them
 constexpr double kYardstickShare = 0.005;  // of the gain, that plain rounds while drafting may cost
-constexpr double kFar = 0.85;              // speed against plain decoding at which the drafter may sleep
-constexpr int kFarSlots = 2;               // slots that a look asks for then
-constexpr int kAwake = 32;                 // rounds before the next look that it hears of
+constexpr int kLookSlots = 2;              // that a look asks for at least
+constexpr int kAwake = 32;                 // tokens before a look that the drafter hears of
+constexpr double kHint = 3.0;              // evidence that drafts stand more often, at which the next look is due
 constexpr double kFirstYardstick = 8;      // rounds on which drafting is believed without a look at plain decoding ...
 constexpr double kLongestYardstick = 64;   // ... doubled as long as it is borne out
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
@@ -212,6 +211,9 @@ DepthPolicy::DepthPolicy(int max_depth, const CostPrior& prior)
     : max_depth_(max_depth),
       verify_(prior.verify, true),
       draft_(draft_prior(max_depth, prior.draft), false),
+      ingest_({1.0}, false),
+      settling_({1.0}, false),
+      draft_prior_(prior.draft / prior.verify.front()),
       calibration_(max_depth),
       trusted_(kFirstYardstick) {
   lookup_acceptance_ = {0.35, 0.5, 0.65, 0.75, 0.85};
@@ -355,7 +357,7 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     return {DraftSource::lookup, lookup.n};
   }
   if (!has_drafter) return {};
-  if (!known) return {DraftSource::dflash, std::min(kFirstDepth, max_depth)};
+  if (!known) return {DraftSource::dflash, std::min(kLookSlots, max_depth)};
   const double gain = draft.rate / plain - 1.0;
   if (gain > std::clamp(kSure * error_, kLeastMargin, kMostMargin)) {
     if (parked_) trusted_ = kFirstYardstick;
@@ -374,8 +376,7 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   }
   parked_ = true;
   if (debt_ > 0.0) return {};
-  // Slots are cheap beside the drafter run itself: look at a few, while there is something to learn.
-  return {DraftSource::dflash, std::min(std::max(draft.n, far_ ? kFarSlots : kFirstDepth), max_depth)};
+  return {DraftSource::dflash, std::min(std::max(draft.n, kLookSlots), max_depth)};
 }
 
 // What drafting promises; the share of time that looks at it may cost follows what it could still gain.
@@ -389,8 +390,8 @@ void DepthPolicy::estimate(int max_depth) {
   error_ = relative_error(estimate_);
   const double gain = estimate_.rate * verify_cost(1) - 1.0;
   const double upside = mean_of_positive_part(gain, error_);
-  look_share_ = drafted_rounds_ < kFirstLooks ? kMostShare : std::clamp(kUpsideShare * upside, kLeastShare, kMostShare);
-  far_ = gain < kFar - 1.0 && look_share_ == kLeastShare;
+  const bool early = drafted_rounds_ * draft_prior_ < kFirstLooks;
+  look_share_ = early ? kMostShare : std::clamp(kUpsideShare * upside, kLeastShare, kMostShare);
 }
 
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
@@ -409,25 +410,28 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   }
   if (drafted_rounds_ % kExplore == 0) {
     // The line through the costs cannot know of a kernel that is fast up to some width: measure all up to it.
-    for (int n = 1; n <= std::min(depth + 1, static_cast<int>(confidence.size())); ++n) {
+    const int widest = std::min(parked_ ? depth : depth + 1, static_cast<int>(confidence.size()));
+    for (int n = 1; n <= widest; ++n) {
       if (verify_.count(static_cast<size_t>(n)) < kMeasured) return n;
     }
   }
   return depth;
 }
 
-// What a look is expected to have cost beyond its tokens. Luck does not count, or a lucky stretch would pay for looks
-// that lose; nor do good estimates: a part of the doubt is paid for as well.
+// What a look is expected to have cost beyond its tokens: the draft, what the drafter had to hear first, the pass, and
+// the caches that it left cold. (What it heard beyond kAwake tokens is the price of not sleeping.) Luck does not count,
+// or a lucky stretch would pay for looks that lose; nor do good estimates: a part of the doubt is paid for as well.
 void DepthPolicy::charge(const RoundOutcome& o) {
   double tokens = 1.0, reach = 1.0;
   for (int i = 0; i < o.verified; ++i) {
     reach *= calibration_.acceptance(i, replay_.front().log_odds[static_cast<size_t>(i)]);
     tokens += reach;
   }
-  const double draft = draft_cost(o.drafted) / verify_cost(1);
-  const double rounds = draft + verify_cost(o.verified + 1) / verify_cost(1);
+  const double heard = std::min(o.ingested, kAwake) * ingest_cost();
+  const double seconds = draft_cost(o.drafted) + heard + verify_cost(o.verified + 1) + settling_cost();
+  const double rounds = seconds / verify_cost(1);
   const double doubt = kDoubt * std::min(error_, kMostDoubt) * rounds;
-  debt_ += std::min(std::max(rounds - tokens, 0.0) + doubt, std::max(kMostCharge, draft));
+  debt_ += std::max(rounds - tokens, 0.0) + doubt;
 }
 
 void DepthPolicy::observe(const RoundOutcome& o) {
@@ -438,6 +442,8 @@ void DepthPolicy::observe(const RoundOutcome& o) {
     verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
     if (plain) unmeasured_ = 0;
   }
+  if (plain && !replay_.empty() && replay_.front().round + 1 == round_) settling_.observe(0, o.verify_seconds);
+  if (o.ingested > 0) ingest_.observe(0, o.ingest_seconds / o.ingested);
   if (parked_) debt_ -= look_share_;
   calibration_.drift();
   plain_streak_ = plain ? plain_streak_ + 1 : 0;
@@ -461,7 +467,7 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   }
   if (parked_) {
     charge(o);
-    estimate_age_ = kAskParked;  // news of drafts
+    heed_news();
   } else {
     debt_ = 0.0;
   }
@@ -474,12 +480,19 @@ void DepthPolicy::remember(const std::vector<float>& confidence) {
   if (replay_.size() > kReplay) replay_.pop_back();
 }
 
-// Until 32 rounds before the next look the drafter need not be told of the text.
-bool DepthPolicy::asleep() const { return parked_ && far_ && debt_ > kAwake * look_share_; }
+// Parked, and a draft was compared with the text.
+void DepthPolicy::heed_news() {
+  estimate_age_ = kAskParked;
+  if (calibration_.evidence_of_rise() > kHint) debt_ = 0.0;
+}
+
+bool DepthPolicy::asleep() const {
+  return parked_ && debt_ > kAwake * look_share_ && ingest_cost() > look_share_ * verify_cost(1);
+}
 
 void DepthPolicy::observe_unverified(int slot, float confidence, bool stood) {
   calibration_.observe(slot, Calibration::log_odds(confidence), stood);
-  if (parked_) estimate_age_ = kAskParked;
+  if (parked_) heed_news();
 }
 
 }  // namespace dflash

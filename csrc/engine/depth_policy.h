@@ -11,6 +11,7 @@
 // of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters are
 // seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it again.
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <deque>
@@ -38,6 +39,10 @@ struct RoundOutcome {
   std::vector<float> confidence;  // [drafted] the drafter's top-1 probability of each slot
   double draft_seconds = 0.0;     // drafter and its head
   double verify_seconds = 0.0;    // target pass and sampling
+  // Since the last outcome, tokens that the drafter took in at one go because it had not been asked for so long, and
+  // how long that took. (What it takes in of the round just before belongs to draft_seconds.)
+  int ingested = 0;
+  double ingest_seconds = 0.0;
 };
 
 // Before anything is measured: costs relative to a target pass of one row.
@@ -106,15 +111,15 @@ class DepthPolicy {
   int max_depth() const { return max_depth_; }
   double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
   double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
-  double best_rate() const { return rate_; }                                                  // tokens a second
+  double ingest_cost() const { return ingest_.any() ? ingest_.at(0) : 0.0; }  // seconds a token, of a backlog
+  double best_rate() const { return rate_; }                                  // tokens a second
   bool parked() const { return parked_; }
-  // Parked, drafting far from paying, and the next look some way off: until then the drafter need not be told of the
-  // text. Before a look it hears of the last tokens, and of all from a look on that shows more.
+  // Parked, the next look some way off, and taking in all of the text dearer than looks may be: until then the drafter
+  // need not be told of the text. Before a look it hears of the last tokens, and of all from a look on that shows more.
   bool asleep() const;
 
  private:
   static constexpr size_t kReplay = 48;  // drafted rounds kept for replay
-  static constexpr int kFirstDepth = 4;  // slots asked for before anything is known
   static constexpr int kLookupBuckets = 5;
   struct Choice {
     int n = 0;
@@ -137,10 +142,16 @@ class DepthPolicy {
   void estimate(int max_depth);
   void remember(const std::vector<float>& confidence);
   void charge(const RoundOutcome& o);
+  void heed_news();
+  // What the plain round after a look takes longer, its caches cold.
+  double settling_cost() const { return settling_.any() ? std::max(0.0, settling_.at(0) - verify_.at(0)) : 0.0; }
 
   int max_depth_;
-  CostTable verify_;  // index: width - 1
-  CostTable draft_;   // index: slots - 1
+  CostTable verify_;    // index: width - 1
+  CostTable draft_;     // index: slots - 1
+  CostTable ingest_;    // of one index: a token that the drafter takes in
+  CostTable settling_;  // of one index: the plain round after a drafted one
+  double draft_prior_;  // of a drafter run, in plain rounds
   Calibration calibration_;
   std::deque<Drafted> replay_;  // the last drafted rounds, newest first
   std::vector<double> weight_;  // [replay_] scratch of best_draft() and measure(), as is
@@ -161,8 +172,7 @@ class DepthPolicy {
   int drafted_rounds_ = 0;
   int copies_left_ = 0;  // lookup candidates not taken, in a row
   int since_plain_ = 0;  // rounds since a target pass of one row
-  bool parked_ = false;  // plain decoding, with looks
-  bool far_ = false;     // by the last estimate, drafting is far from paying
+  bool parked_ = true;   // plain decoding, with looks
 };
 
 }  // namespace dflash

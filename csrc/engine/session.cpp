@@ -225,8 +225,16 @@ void Session::commit(int rows) {
   if (drafter_.pending() >= kPendingTaps) ingest_pending();
 }
 
+void Session::finish_queued() {
+  float any = 0.0f;
+  if (backend_.asynchronous()) backend_.download(&any, taps_buffer_.data, sizeof(any));
+}
+
 void Session::ingest_pending() {
-  if (drafter_.pending() == 0) return;
+  const int tokens = drafter_.pending();
+  if (tokens == 0) return;
+  const bool backlog = tokens > model_->block_size();
+  if (backlog) finish_queued();
   const Stopwatch watch;
   for (int done = 0; done < drafter_.pending();) {
     const int rows = std::min(drafter_.pending() - done, drafter_scratch_->max_rows);
@@ -240,6 +248,10 @@ void Session::ingest_pending() {
     done += rows;
   }
   drafter_.take_in();
+  if (backlog) {
+    finish_queued();
+    ingested_ = {ingested_.tokens + tokens, ingested_.seconds + watch.seconds()};
+  }
   stats_.ingest_seconds += watch.seconds();
 }
 
@@ -255,6 +267,9 @@ int Session::prefill() {
     }
     commit(rows);
     backend_.take_expert_count();
+    // A sleeping drafter hears of a prompt only if a look comes soon.
+    const bool asleep = params_.depth < 0 && policy_.asleep();
+    if (drafting_ && !asleep && pos_ == prompt_tokens_) ingest_pending();
   }
   stats_.prefill_seconds += watch.seconds() - (stats_.ingest_seconds - ingested);
   return pos_;
@@ -273,8 +288,8 @@ const char* Session::stop_reason() const {
 
 Session::Drafts Session::draft_dflash(int n, int room) {
   Drafts out;
-  // Taking in the last round's few taps belongs to the draft's cost; a backlog of plain rounds does not: plain
-  // decoding takes it in too, only later.
+  // Taking in the last round's few taps belongs to the draft's cost. A backlog of plain rounds does not: the policy is
+  // told of it on its own.
   const bool backlog = drafter_.pending() > model_->block_size();
   const double ingested = stats_.ingest_seconds;
   Stopwatch watch;
@@ -435,6 +450,9 @@ void Session::account(const Drafts& drafts, const Accepted& accepted, double ver
   outcome.confidence = drafts.confidence;
   outcome.draft_seconds = drafts.seconds;
   outcome.verify_seconds = verify_seconds;
+  outcome.ingested = ingested_.tokens;
+  outcome.ingest_seconds = ingested_.seconds;
+  ingested_ = {};
   policy_.observe(outcome);
   if (drafts.source != DraftSource::dflash) return;
   followed_ = {};

@@ -95,6 +95,7 @@ class Session {
   void commit(int rows);     // rows of the last pass stay in the caches
   void keep_taps(int rows);  // of a verify pass: to the pending rows
   void ingest_pending();     // taps of committed tokens -> drafter K/V
+  void finish_queued();      // so that a stopwatch sees what it should
   void run_all(const std::vector<int32_t>& tokens);
   Drafts propose(int room);
   Drafts draft_dflash(int n, int room);
@@ -145,6 +146,11 @@ class Session {
     size_t first_slot = 0, position = 0, next = 0;  // position of tokens[0]; the next of them to be told
   };
   Followed followed_;
+  struct Backlog {
+    int tokens = 0;
+    double seconds = 0.0;
+  };
+  Backlog ingested_;       // what the drafter took in at one go since the policy was last told of a round
   Stats stats_, earlier_;  // of this generation; of those before it
 };
 

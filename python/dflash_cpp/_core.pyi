@@ -209,8 +209,8 @@ class Session:
         proposed (slots the drafter computed), lookup_drafted, lookup_accepted,
         left_out_tokens (committed while the drafter slept)."""
     def policy_state(self) -> dict[str, Any]:
-        """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], best_rate (tokens a second),
-        parked, asleep."""
+        """What the depth policy believes now: verify_seconds[w - 1], draft_seconds[n - 1], ingest_seconds (a token
+        of a backlog), best_rate (tokens a second), parked, asleep."""
     def session_stats(self) -> dict[str, Any]:
         """The same, summed over all generations of this session."""
     def logits(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
@@ -245,8 +245,10 @@ class DepthPolicy:
         draft_seconds: float,
         verify_seconds: float,
         lookup_match: int = 0,
+        ingested: int = 0,
+        ingest_seconds: float = 0.0,
     ) -> None:
-        """One round's outcome."""
+        """One round's outcome. ingested: tokens that the drafter took in at one go since the last one."""
     def observe_unverified(self, slot: int, confidence: float, stood: bool) -> None:
         """Whether a drafted slot (from 0) that was not verified would have stood; all slots before it did."""
     def verify_cost(self, width: int) -> float:
