@@ -185,7 +185,8 @@ constexpr double kMostMargin = 0.08;    // ... and no more: what is wrong is soo
 constexpr double kUpsideShare = 0.7;    // looks may cost so much of what drafting could still gain ...
 constexpr double kMostShare = 0.025;    // ... but no more of the time than this ...
 constexpr double kLeastShare = 0.004;   // ... and this, however hopeless: texts change
-constexpr double kFirstLooks = 0.55;    // plain rounds for looks at that share whatever they say, by the prior
+constexpr double kFirstLooks = 0.55;    // plain rounds for looks at that share whatever they say, by the prior ...
+constexpr int kMostFirstLooks = 4;      // ... and so many of them at most
 constexpr double kDoubt = 0.25;         // standard errors that a look is taken to lose beyond what is expected ...
 constexpr double kMostDoubt = 0.1;      // ... of no more than this
 constexpr int kAskParked = 8;           // plain rounds between two estimates without news of drafts ...
@@ -390,7 +391,7 @@ void DepthPolicy::estimate(int max_depth) {
   error_ = relative_error(estimate_);
   const double gain = estimate_.rate * verify_cost(1) - 1.0;
   const double upside = mean_of_positive_part(gain, error_);
-  const bool early = drafted_rounds_ * draft_prior_ < kFirstLooks;
+  const bool early = drafted_rounds_ < kMostFirstLooks && drafted_rounds_ * draft_prior_ < kFirstLooks;
   look_share_ = early ? kMostShare : std::clamp(kUpsideShare * upside, kLeastShare, kMostShare);
 }
 
