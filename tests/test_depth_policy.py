@@ -271,6 +271,19 @@ def test_bounds_are_respected() -> None:
     assert policy.plan(SLOTS, has_drafter=False) == ("none", 0)
 
 
+def test_confidences_that_are_no_numbers_do_not_stay() -> None:
+    policy = _core.DepthPolicy(list(linear(0.1)), 0.05)
+    sources = []
+    for round_ in range(400):
+        source, n = policy.plan(SLOTS)
+        confidence = [float("nan") if round_ < 200 else 0.9] * n
+        drafting = 0.05 if n > 0 else 0.0
+        told = {"confidence": confidence, "draft_seconds": drafting, "verify_seconds": 1.0 + 0.1 * n}
+        policy.observe(source, verified=n, accepted=n, **told)
+        sources.append(source)
+    assert sources[200:].count("dflash") > 150
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(_core.DFlashError, match="verify_prior"):
         _core.DepthPolicy([1.0], 0.1)

@@ -38,7 +38,8 @@ Calibration::Calibration(int max_depth)
 }
 
 double Calibration::log_odds(float confidence) {
-  const double c = std::clamp(static_cast<double>(confidence), 0.005, 0.995);
+  // Written so that a damaged drafter's NaN is no confidence at all, instead of NaN in the filter for good.
+  const double c = confidence > 0.005f ? std::min(static_cast<double>(confidence), 0.995) : 0.005;
   return std::log(c / (1.0 - c));
 }
 
