@@ -87,3 +87,21 @@ def test_the_command_line(nano_path: Path) -> None:
     assert process.returncode == 130
     assert b"interrupted" in err
     assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("module", ["dflash_cpp._core", "numpy", "tokenizers", "rich.progress", "dflash_cpp.commands"])
+def test_while_the_program_is_imported(module: str) -> None:
+    """The half second before a command runs."""
+    script = f"""
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["dflash-cpp", "doctor"]
+runpy.run_module("dflash_cpp", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == b"\ndflash-cpp: interrupted\n"

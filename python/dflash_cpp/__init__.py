@@ -6,11 +6,17 @@ engine = dflash_cpp.Engine("target.gguf", drafter="drafter.gguf")
 print(engine.generate("def quicksort(", max_tokens=128).text)
 """
 
-from ._core import __version__
-from .api import Engine, Generation, Piece, Stream, generate
-from .errors import CapacityError, DFlashError
-from .options import EngineOptions, GenerateOptions
-from .stats import Stats
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._core import __version__
+    from .api import Engine, Generation, Piece, Stream, generate
+    from .errors import CapacityError, DFlashError
+    from .options import EngineOptions, GenerateOptions
+    from .stats import Stats
 
 __all__ = [
     "CapacityError",
@@ -25,3 +31,24 @@ __all__ = [
     "__version__",
     "generate",
 ]
+
+_MODULES = {
+    "_core": ("__version__",),
+    "api": ("Engine", "Generation", "Piece", "Stream", "generate"),
+    "errors": ("CapacityError", "DFlashError"),
+    "options": ("EngineOptions", "GenerateOptions"),
+    "stats": ("Stats",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that the command line is there to take a Ctrl-C meanwhile."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,13 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
-from .commands import bench, capture, chat, convert, demo, doctor, generate, inspect, selftest
-from .commands import eval as eval_command
-from .errors import DFlashError
-
-COMMANDS = (generate, chat, convert, inspect, doctor, demo, eval_command, bench, selftest, capture)
-
 _EXAMPLES = """\
 examples:
   dflash-cpp demo
@@ -29,6 +22,11 @@ EXIT_INTERRUPTED = 130
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
+    # Here and not above: imports take half a second, and Ctrl-C has to end them as it ends everything else.
+    from . import __version__
+    from .commands import bench, capture, chat, convert, demo, doctor, generate, inspect, selftest
+    from .commands import eval as eval_command
+
     parser = argparse.ArgumentParser(
         prog="dflash-cpp",
         description="MiniMax-M2.7 with a DFlash block drafter, from GGUF files.",
@@ -37,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dflash-cpp {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in (generate, chat, convert, inspect, doctor, demo, eval_command, bench, selftest, capture):
         command.add(subparsers)
     return parser
 
@@ -57,9 +55,9 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 (demo: the outputs differ; output that cannot be written), 2
-    (wrong input), 130 (Ctrl-C)."""
+def _run(argv: Sequence[str] | None) -> int:
+    from .errors import DFlashError
+
     _prepare_streams()
     args = build_parser().parse_args(argv)
     try:
@@ -69,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DFlashError as e:
         print(f"dflash-cpp: {' '.join(str(e).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\ndflash-cpp: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader has gone (`| head`)
         _drop_output()
         return 0
@@ -79,3 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         print(f"dflash-cpp: standard output cannot be written: {e.strerror or e}", file=sys.stderr)
         return EXIT_NO_OUTPUT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 (demo: the outputs differ; output that cannot be written), 2
+    (wrong input), 130 (Ctrl-C)."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("\ndflash-cpp: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
