@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from conftest import ROOT
 from dflash_cpp import CapacityError, DFlashError, _core, plots
@@ -92,6 +94,34 @@ def test_costs_are_relative_to_plain(result: dict[str, Any]) -> None:
         cost = widths[row["depth"] + 1]["relative"]
         draft = next(d["relative"] for d in result["draft_cost"] if d["count"] == row["depth"])
         assert row["m_accept"] == pytest.approx(cost + draft - 1.0)
+
+
+def test_noise_is_no_break_even(result: dict[str, Any]) -> None:
+    """A round that measured cheaper than a plain step would need fewer than no accepted drafts."""
+    noisy = json.loads(json.dumps(result))
+    for row in noisy["verify_cost"]:
+        if row["width"] == 2:
+            row["relative"] = 0.3
+    for row in noisy["draft_cost"]:
+        row["relative"] = 0.1 if row["count"] == 1 else 0.9
+    kept = {row["depth"] for row in break_even(noisy)}
+    assert kept == {row["depth"] for row in break_even(result)} - {1}
+    assert 3 in kept
+    out = io.StringIO()
+    for table in tables(noisy):
+        Console(file=out, width=100).print(table)
+    assert "noise: a round took no longer than a plain step" in out.getvalue()
+
+
+def test_tables_fit_a_terminal(result: dict[str, Any]) -> None:
+    wide = json.loads(json.dumps(result))
+    for row in wide["decode"]:
+        row["tokens_per_s"] |= {"median": 23456.7, "low": 12345.6, "high": 34567.8}
+        row["context"] = 196608
+    out = io.StringIO()
+    for table in tables(wide):
+        Console(file=out, width=80).print(table)
+    assert "…" not in out.getvalue()
 
 
 def test_the_exponent_is_fitted() -> None:
@@ -194,7 +224,9 @@ def test_without_matplotlib_the_message_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["bench", "--synthetic", TINY, "--threads", "1", "--contexts", "16", "--rounds", "1", "-n", "12"]
     assert main([*args, "--depths", "1,auto", "--json", str(tmp_path / "r.json")]) == 0
-    assert "decode" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "decode" in out
+    assert "…" not in out, "a pipe has no width to cut at"
     found = json.loads((tmp_path / "r.json").read_text())
     assert np.isfinite(found["decode"][0]["tokens_per_s"]["median"])
     for flag in ("--json", "--plot"):  # before minutes of measuring

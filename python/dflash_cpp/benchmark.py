@@ -312,14 +312,18 @@ def fit_exponent(widths: Sequence[dict[str, Any]], used: int) -> float | None:
 
 
 def break_even(result: dict[str, Any]) -> list[dict[str, float]]:
-    """Accepted drafts a step above which each measured fixed depth beats plain decoding, from the measured costs."""
+    """Accepted drafts a step above which each measured fixed depth beats plain decoding, from the measured costs.
+
+    Depths whose round measured no dearer than a plain step are left out: it does more work, so that is noise.
+    """
     verify = {row["width"]: row["relative"] for row in result["verify_cost"]}
     draft = {row["count"]: row["relative"] for row in result["draft_cost"]}
-    return [
+    found = [
         {"depth": n, "m_accept": verify[n + 1] + draft[n] - 1.0}
         for n in sorted(draft)
         if verify.get(n + 1) is not None and draft[n] is not None
     ]
+    return [row for row in found if row["m_accept"] > 0.0]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -333,6 +337,10 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
@@ -341,15 +349,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """Rich tables: prefill, decode, costs."""
     prefill = _table("prefill", "context", "tokens/s")
     for row in result["prefill"]:
-        prefill.add_row(str(row["context"]), f"{row['tokens_per_s']['median']:.1f}")
+        prefill.add_row(str(row["context"]), _rate(row["tokens_per_s"]["median"]))
     title = "decode: medians (quartiles), ratio to plain decoding paired by turn"
-    speed = _table(title, "context", "depth", "tokens/s", "", "ratio", "", "tokens/step", "accepted")
+    speed = _table(title, "context", "depth", "tokens/s", "", "ratio", "", "tokens\n/step", "accepted")
     for row in result["decode"]:
         t, r = row["tokens_per_s"], row["ratio"]
         rate = row["acceptance_rate"]
         speed.add_row(
             str(row["context"]), "plain" if row["depth"] == 0 else str(row["depth"]),
-            f"{t['median']:.1f}", f"({t['low']:.1f}-{t['high']:.1f})", f"{r['median']:.3f}",
+            _rate(t["median"]), f"({_rate(t['low'])}-{_rate(t['high'])})", f"{r['median']:.3f}",
             f"({r['low']:.2f}-{r['high']:.2f})", f"{row['tokens_per_step']:.2f}", _percent(rate),
         )  # fmt: skip
     cost = _table("cost by verify width", "rows", "passes", "ms", "relative", "distinct experts", "bytes, relative")
@@ -362,6 +370,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     even = {int(row["depth"]): row["m_accept"] for row in break_even(result)}
     for row in result["draft_cost"]:
         relative, enough = _number(row["relative"], 3), _number(even.get(row["count"]))
+        if row["count"] not in even and row["relative"] is not None:
+            enough = "noise"
+            draft.caption = "noise: a round took no longer than a plain step; too short to measure, try more --rounds"
         draft.add_row(str(row["count"]), str(row["calls"]), f"{row['ms']:.2f}", relative, enough)
     return [prefill, speed, cost, draft]
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -28,12 +28,17 @@ from ..options import BACKENDS, DRAFT_HEADS, KV_TYPES, NUMA, EngineOptions, Gene
 if TYPE_CHECKING:
     from ..options import GenerateKwargs
 
+_FILE_WIDTH: Final = 120  # columns
+
 Subparsers = Any  # argparse has no public name for the type of add_subparsers()
 
 
 def stdout_console() -> Console:
-    """For results."""
-    return Console(highlight=False, soft_wrap=False)
+    """For results. A pipe or a file has no width: tables stay whole there."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
+    return console
 
 
 def stderr_console() -> Console:
