@@ -3,7 +3,7 @@
 
     python bench/make_slab.py slab.gguf --layers 2 --vocab 8192 --type Q4_0
 
-For measuring only: the tokens mean nothing. About 1.1 GB a layer; loads in dflash_cpp and in llama.cpp.
+For measuring only: the tokens mean nothing. About 2 GB a layer in Q4_0; loads in dflash_cpp and in llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import gguf
 import numpy as np
 
-EMBD, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, USED, FF, ROT = 3072, 48, 8, 128, 256, 8, 1536, 64
+EMBD, HEADS, KV_HEADS, HEAD_DIM, USED, FF, ROT = 3072, 48, 8, 128, 8, 1536, 64
 TYPES = {"Q4_0": (18, 7.5), "Q4_1": (20, 7.5), "Q8_0": (34, 127.0)}
 
 
@@ -28,14 +28,24 @@ def random_blocks(rng: np.random.Generator, kind: str, rows: int, n_in: int, std
     return blocks.reshape(rows, -1)
 
 
+def vocabulary(n: int) -> list[str]:
+    """A token for every byte, as byte-level BPE writes it, so that any text has ids; the others are names."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    return [*alphabet, *(f"t{i}" for i in range(n - len(alphabet)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--type", choices=TYPES, default="Q4_0")
     parser.add_argument("--head", choices=TYPES, default="Q4_0")
     args = parser.parse_args()
+    if args.vocab < 257 or args.experts < USED or args.layers < 1:
+        parser.error(f"expected --vocab of at least 257, --experts of at least {USED}, --layers of at least 1")
 
     rng = np.random.default_rng(1)
     w = gguf.GGUFWriter(args.output, "minimax-m2")
@@ -51,16 +61,16 @@ def main() -> None:
     w.add_layer_norm_rms_eps(1e-6)
     w.add_rope_freq_base(5e6)
     w.add_rope_dimension_count(ROT)
-    w.add_expert_count(EXPERTS)
+    w.add_expert_count(args.experts)
     w.add_expert_used_count(USED)
     w.add_expert_feed_forward_length(FF)
     w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     w.add_vocab_size(args.vocab)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("minimax-m2")
-    w.add_token_list([f"t{i}" for i in range(args.vocab)])
+    w.add_token_list(vocabulary(args.vocab))
     w.add_token_types([1] * args.vocab)
-    w.add_token_merges(["t 0"])
+    w.add_token_merges(["t 0"])  # llama.cpp wants one
 
     def matrix(name: str, n_in: int, n_out: int, experts: int = 0, kind: str = args.type, std: float = 0.0) -> None:
         blocks = random_blocks(rng, kind, n_out * max(1, experts), n_in, std or n_in**-0.5)
@@ -82,12 +92,12 @@ def main() -> None:
         ones(p + "attn_q_norm.weight", HEADS * HEAD_DIM)
         ones(p + "attn_k_norm.weight", KV_HEADS * HEAD_DIM)
         ones(p + "ffn_norm.weight", EMBD)
-        router = rng.standard_normal((EXPERTS, EMBD), dtype=np.float32) * np.float32(EMBD**-0.5)
+        router = rng.standard_normal((args.experts, EMBD), dtype=np.float32) * np.float32(EMBD**-0.5)
         w.add_tensor(p + "ffn_gate_inp.weight", router)
-        w.add_tensor(p + "exp_probs_b.bias", np.zeros(EXPERTS, dtype=np.float32))
-        matrix(p + "ffn_gate_exps.weight", EMBD, FF, EXPERTS)
-        matrix(p + "ffn_up_exps.weight", EMBD, FF, EXPERTS)
-        matrix(p + "ffn_down_exps.weight", FF, EMBD, EXPERTS)
+        w.add_tensor(p + "exp_probs_b.bias", np.zeros(args.experts, dtype=np.float32))
+        matrix(p + "ffn_gate_exps.weight", EMBD, FF, args.experts)
+        matrix(p + "ffn_up_exps.weight", EMBD, FF, args.experts)
+        matrix(p + "ffn_down_exps.weight", FF, EMBD, args.experts)
     ones("output_norm.weight", EMBD)
     matrix("output.weight", EMBD, args.vocab, kind=args.head)
     w.write_header_to_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from conftest import ROOT
-from dflash_cpp import CapacityError, DFlashError, _core, plots
+from dflash_cpp import CapacityError, DFlashError, Engine, _core, plots
 from dflash_cpp.benchmark import SHAPES, Benchmark, BenchOptions, break_even, fit_exponent, synthetic_shape, tables
 from dflash_cpp.cli import main
 
@@ -235,3 +236,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert f"{flag}: expected a file that can be written" in message or "matplotlib" in message
     assert main(["bench"]) == 2
     assert "either --target or --synthetic" in capsys.readouterr().err
+
+
+def test_the_slab_loads_and_takes_text(tmp_path: Path) -> None:
+    """A GGUF of M2.7's layer shape, as bench/make_slab.py writes it."""
+    path = tmp_path / "slab.gguf"
+    script = [sys.executable, str(ROOT / "bench" / "make_slab.py"), str(path)]
+    subprocess.run([*script, "--layers", "1", "--experts", "8", "--vocab", "512"], check=True, timeout=120)
+    with Engine(path, n_ctx=64) as engine:
+        assert engine.tokenizer.decode(engine.tokenizer.encode("t0 naïve ☃\n")) == "t0 naïve ☃\n"
+        assert len(engine.generate("def f(x):", max_tokens=3).tokens) == 3
+    refused = subprocess.run([*script, "--vocab", "100"], capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert "--vocab" in refused.stderr

@@ -34,6 +34,19 @@ def test_files_stay_readable() -> None:
     assert not long
 
 
+def test_race_checks_name_kernels_there_are() -> None:
+    """compute-sanitizer takes a name that no kernel has, watches nothing and finds no error."""
+    listed: list[str] = []
+    for names in re.findall(r"for kernel in ((?:[^;]|\\\n)+); do", (ROOT / "tests/gpu/run_device.sh").read_text()):
+        listed += names.replace("\\", " ").split()
+    kernels = set()
+    for path in sorted((ROOT / "csrc/backend/hip").iterdir()):
+        kernels |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text()))
+    assert len(listed) > 20
+    assert len(kernels) > 30
+    assert not [name for name in listed if not any(name in kernel for kernel in kernels)]
+
+
 def test_no_configuration_by_environment() -> None:
     # The tests give their subprocesses an environment; the program reads none.
     found = [

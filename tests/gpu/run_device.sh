@@ -27,7 +27,7 @@ sanitize() { # tool, part of the kernels' names ("-": all), program...
 if [ "${3:-}" = check ]; then
   export -f sanitize
   {
-    for kernel in experts_team experts_queue experts_stream group_kernel route_few router_kernel choose_kernel gate_up_few down_few \
+    for kernel in experts_row experts_queue experts_stream group_kernel route_few router_kernel choose_kernel gate_up_few down_few \
       gate_up_half gate_up_dense gate_up_many down_many add_experts float_gate_up float_down dense_routing; do
       echo "racecheck $kernel $ops quick experts"
     done
