@@ -30,6 +30,11 @@ void WeightUpload::load(const HostTensor& t, const Weight& w) {
   const bool repacks = is_quantized(t.type);
   if (repacks && raw_ == nullptr) raw_ = device_alloc(kChunk, "loading");
   const TiledWeight tiles = tiled(w);
+  // Kernels copy whole tiles: the rows that pad the last one are read, though nothing that is kept comes of them.
+  if (repacks && t.n_out % kTile != 0) {
+    GPU_CHECK(
+        MemsetAsync(const_cast<void*>(w.data), 0, device_weight_bytes(t.type, t.n_in, t.n_out, t.n_expert), stream_));
+  }
   char* plain = static_cast<char*>(const_cast<void*>(w.data));
   for (int64_t r = 0; r < rows; r += step) {
     const int64_t n = std::min(step, rows - r);

@@ -26,8 +26,8 @@ void compare(Wave& w, const Instruction& in) {
 
 template <auto Fn, typename A, typename B>
 void add_one(Operations& t, const std::string& name, Class klass) {
-  t.add("v_cmp_" + name, {compare<Fn, A, B, false>, klass, 1, {type_of<A>(), type_of<B>()}});
-  Operation x{compare<Fn, A, B, true>, klass, 0, {type_of<A>(), type_of<B>()}};
+  t.add("v_cmp_" + name, {compare<Fn, A, B, false>, klass, 1, {A::kType, B::kType}});
+  Operation x{compare<Fn, A, B, true>, klass, 0, {A::kType, B::kType}};
   x.writes = kExec;
   t.add("v_cmpx_" + name, x);
 }

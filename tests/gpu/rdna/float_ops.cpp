@@ -146,7 +146,7 @@ F div_fmas(F s0, F s1, F s2, u scaled) {
 
 template <typename T>
 void add_division(Operations& t, const std::string& suffix, Class klass) {
-  constexpr Type type = type_of<T>();
+  constexpr Type type = T::kType;
   t.add("v_div_scale_" + suffix, {div_scale_op<T>, klass, 2, {type, type, type}});
   add_vector<[](typename T::C a, typename T::C b, typename T::C c) { return div_fixup(a, b, c); }, T, T, T, T>(
       t, ("v_div_fixup_" + suffix).c_str(), klass);

@@ -12,37 +12,25 @@
 
 namespace rdna {
 
+enum class Type : uint8_t { kF32, kF64, kF16, kU32, kI32, kU64, kI64, kU16, kI16, kMask };
+
 // Operand types. C: what a lane computes with. 16-bit results leave the upper half of their register alone.
-struct F32 {
-  using C = float;
+template <Type type, typename Lane>
+struct OperandType {
+  static constexpr Type kType = type;
+  using C = Lane;
 };
-struct F64 {
-  using C = double;
-};
-struct F16 {
-  using C = float;
-};  // every half is a float; one operation of two floats rounds to half as it should
-struct U32 {
-  using C = uint32_t;
-};
-struct I32 {
-  using C = int32_t;
-};
-struct U64 {
-  using C = uint64_t;
-};
-struct I64 {
-  using C = int64_t;
-};
-struct U16 {
-  using C = uint32_t;
-};
-struct I16 {
-  using C = int32_t;
-};
-struct Mask {
-  using C = uint32_t;
-};  // a lane mask in an SGPR, 0 or 1 for a lane
+using F32 = OperandType<Type::kF32, float>;
+using F64 = OperandType<Type::kF64, double>;
+using F16 =
+    OperandType<Type::kF16, float>;  // every half is a float; one operation of two floats rounds to half as it should
+using U32 = OperandType<Type::kU32, uint32_t>;
+using I32 = OperandType<Type::kI32, int32_t>;
+using U64 = OperandType<Type::kU64, uint64_t>;
+using I64 = OperandType<Type::kI64, int64_t>;
+using U16 = OperandType<Type::kU16, uint32_t>;
+using I16 = OperandType<Type::kI16, int32_t>;
+using Mask = OperandType<Type::kMask, uint32_t>;  // a lane mask in an SGPR, 0 or 1 for a lane
 
 template <typename T>
 inline constexpr bool kWide = sizeof(typename T::C) == 8;
@@ -190,28 +178,12 @@ void by_lane(Wave& w, const Instruction& in) {
   }(std::make_index_sequence<sizeof...(S)>());
 }
 
-// What an instruction's handler needs told: its operands' types, for constants.
-enum class Type : uint8_t { kF32, kF64, kF16, kU32, kI32, kU64, kI64, kU16, kI16, kMask };
-template <typename T>
-constexpr Type type_of() {
-  if constexpr (std::is_same_v<T, F32>) return Type::kF32;
-  if constexpr (std::is_same_v<T, F64>) return Type::kF64;
-  if constexpr (std::is_same_v<T, F16>) return Type::kF16;
-  if constexpr (std::is_same_v<T, U32>) return Type::kU32;
-  if constexpr (std::is_same_v<T, I32>) return Type::kI32;
-  if constexpr (std::is_same_v<T, U64>) return Type::kU64;
-  if constexpr (std::is_same_v<T, I64>) return Type::kI64;
-  if constexpr (std::is_same_v<T, U16>) return Type::kU16;
-  if constexpr (std::is_same_v<T, I16>) return Type::kI16;
-  return Type::kMask;
-}
-
 // An entry of the table of instructions.
 struct Operation {
   Run run = nullptr;
   Class klass = Class::kOther;
   int results = 1;                 // operands at the front that are written
-  std::vector<Type> types;         // of the sources
+  std::vector<Type> types;         // of the sources: how their constants read
   bool reads_result = false;       // v_fmac: the result is the last source
   uint16_t reads = 0, writes = 0;  // scalar registers that are not written out (VCC); 0: none
   bool clamps = false;             // the handler knows `clamp`
@@ -243,7 +215,7 @@ void add_vector(Operations& t, const char* name, Class klass = Class::kValu) {
   Operation op;
   op.run = by_lane<Fn, D, S...>;
   op.klass = klass;
-  op.types = {type_of<S>()...};
+  op.types = {S::kType...};
   op.clamps = kReal<D>;
   t.add(name, std::move(op));
 }

@@ -37,13 +37,13 @@ void scalar(Wave& w, const Instruction& in) {
 
 template <auto Fn, Scc kScc_, typename D, typename... S>
 void add(Operations& t, const std::string& name) {
-  t.add(name, {scalar<Fn, kScc_, D, S...>, Class::kSalu, 1, {type_of<S>()...}});
+  t.add(name, {scalar<Fn, kScc_, D, S...>, Class::kSalu, 1, {S::kType...}});
 }
 
 // s_addk and the like: the result is a source too.
 template <auto Fn, Scc kScc_, typename D, typename... S>
 void add_k(Operations& t, const std::string& name) {
-  Operation op{scalar<Fn, kScc_, D, S...>, Class::kSalu, 1, {type_of<S>()...}};
+  Operation op{scalar<Fn, kScc_, D, S...>, Class::kSalu, 1, {S::kType...}};
   op.reads_result = true;
   t.add(name, op);
 }
@@ -55,8 +55,8 @@ void compare(Wave& w, const Instruction& in) {
 
 template <auto Fn, typename T>
 void add_compare_one(Operations& t, const std::string& name) {
-  t.add("s_cmp_" + name, {compare<Fn, T>, Class::kSalu, 0, {type_of<T>(), type_of<T>()}});
-  t.add("s_cmpk_" + name, {compare<Fn, T>, Class::kSalu, 0, {type_of<T>(), type_of<T>()}});
+  t.add("s_cmp_" + name, {compare<Fn, T>, Class::kSalu, 0, {T::kType, T::kType}});
+  t.add("s_cmpk_" + name, {compare<Fn, T>, Class::kSalu, 0, {T::kType, T::kType}});
 }
 
 template <typename T>
