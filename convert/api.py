@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from .checkpoint import Checkpoint
 from .drafter import TAP_CONVENTIONS, is_drafter, plan_drafter
 from .errors import ConvertError
-from .gguf_out import check_output, write_gguf
+from .gguf_out import check_output, check_space, write_gguf
 from .hf_config import Config
 from .linear import Encoder, TensorTable
 from .plan import OUTTYPES, Options, Plan
@@ -94,6 +94,7 @@ def convert(
     out = check_output(Path(out))
     with Checkpoint(checkpoint_dir) as checkpoint:
         plan = make_plan(checkpoint, options, target_model)
+        check_space(plan, out)
         encoder = Encoder(checkpoint, allow_inexact)
         with progress_bar(progress is True, out.name) as bar:
             callback = progress if callable(progress) else bar

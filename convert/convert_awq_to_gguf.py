@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Convert as the parsed `args` say; print a summary, or one error line. Return the exit status."""
+def run(args: argparse.Namespace, program: str = "error") -> int:
+    """Convert as the parsed `args` say; print a summary, or one error line that begins with `program`. Return the exit
+    status."""
     try:
         with _terminate_as_interrupt():
             report = convert(
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=not args.quiet,
             )
     except ConvertError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {args.out} was not written", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import queue
 import shutil
@@ -17,7 +18,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConvertError
+from .errors import ConvertError, listing
 from .gguf_check import Edges, verify_gguf
 from .linear import Encoder
 from .plan import Plan, PlannedTensor
@@ -44,6 +45,16 @@ def check_output(out: Path) -> Path:
     return out
 
 
+def check_space(plan: Plan, out: Path) -> None:
+    """Raises `ConvertError` when the disk cannot hold the file, before minutes of reading."""
+    need = sum(tensor.nbytes for tensor in plan.tensors)
+    free = shutil.disk_usage(out.parent).free
+    if need > free:
+        unfinished = sorted(path.name for path in out.parent.glob(f".{glob.escape(out.name)}.*.part"))
+        hint = f"; of conversions that were killed, or still run, there is {listing(unfinished)}" if unfinished else ""
+        raise ConvertError(f"{out}: needs {_size(need)}, the disk has {_size(free)} free{hint}")
+
+
 def write_gguf(plan: Plan, out: Path, encoder: Encoder, progress: Callable[[int, str], None]) -> int:
     """Write `plan` to `out` and return the file's size.
 
@@ -51,10 +62,6 @@ def write_gguf(plan: Plan, out: Path, encoder: Encoder, progress: Callable[[int,
     error or interrupt the temporary file is removed and an earlier `out` stays as it was.
     `progress` gets (bytes written, tensor name). Memory: a few pieces of about 256 KiB, or one AutoAWQ matrix.
     """
-    need = sum(tensor.nbytes for tensor in plan.tensors)
-    free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise ConvertError(f"{out}: needs {_size(need)}, the disk has {_size(free)} free")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         edges = _write(plan, part, encoder, progress)

@@ -234,6 +234,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main(["bench", "--target", "nothing.gguf", flag, str(tmp_path / "no" / "file")]) == 2
         message = capsys.readouterr().err
         assert f"{flag}: expected a file that can be written" in message or "matplotlib" in message
+    assert main(["bench", "--synthetic", TINY, "-md", "drafter.gguf"]) == 2
+    assert "--drafter: expected only with --target" in capsys.readouterr().err
     assert main(["bench"]) == 2
     assert "either --target or --synthetic" in capsys.readouterr().err
 

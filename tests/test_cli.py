@@ -105,6 +105,8 @@ def test_user_errors(nano_path: Path, tmp_path: Path) -> None:
     assert "n_ctx = 16" in one_line(dflash(*target, "-p", "long " * 50, "--n-ctx", "16", code=2))
     early = (*target, "-p", "long " * 50, "--n-ctx", "16", "--drafter", str(nano_path))
     assert "n_ctx = 16" in one_line(dflash(*early, code=2)), "before the weights are loaded"
+    assert "n_ctx: expected" in one_line(dflash(*target, "-p", "x", "--n-ctx", "-5", code=2)), "not the prompt's fault"
+    assert "n_ctx: expected" in one_line(dflash("inspect", str(nano_path), "--n-ctx", "9" * 20, code=2))
     assert "cpu_isa" in one_line(dflash(*target, "-p", "x", "--cpu-isa", "sse9", code=2))
     assert "no.txt" in one_line(dflash(*target, "--prompt-file", str(tmp_path / "no.txt"), code=2))
     assert "--depth" in dflash(*target, "-p", "x", "--depth", "some", code=2).stderr
@@ -167,6 +169,22 @@ def test_convert(tmp_path: Path) -> None:
     dflash("generate", "--target", str(out), "--drafter", str(drafter), "-p", "import ", "-n", "3")
 
 
+def test_short_flags_are_everywhere(
+    nano_path: Path, nano_drafter_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["-m", str(nano_path), "-md", str(nano_drafter_path), "-t", "1"]
+    assert cli.main(["bench", *pair, "--contexts", "8", "--rounds", "1", "-n", "4", "--depths", "1"]) == 0
+    assert cli.main(["selftest", *pair, "--limit", "1", "--anchors", "1", "--no-variants"]) in (0, 1)
+    for command in (["bench", "--contexts", "8"], ["selftest"]):
+        capsys.readouterr()
+        assert cli.main([*command, *pair[:-1], "0"]) == 2
+        assert "n_threads: expected" in capsys.readouterr().err
+
+
+def test_the_converter_speaks_as_the_program(tmp_path: Path) -> None:
+    assert "not a folder" in one_line(dflash("convert", str(tmp_path / "no"), "-o", str(tmp_path / "o.gguf"), code=2))
+
+
 def test_inspect(nano_path: Path, nano_drafter_path: Path) -> None:
     target = json.loads(dflash("inspect", str(nano_path), "--json", "--n-ctx", "1000").stdout)
     assert target["architecture"] == "minimax-m2"
@@ -202,6 +220,7 @@ def test_demo() -> None:
     assert "both outputs are identical" in done.stderr
     assert "tokens per verify step" in done.stdout
     assert "speed-up" in done.stdout
+    assert "0.00x" not in dflash("demo", "--max-tokens", "1").stdout, "one token has no decoding speed"
 
 
 def test_tables_show_brackets_as_they_are() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,17 @@ def test_write_error_is_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConvertError, match=r"o.gguf: cannot be written: No space left on device"):
         convert(folder, tmp_path / "o.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_full_disk_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cf.make_target(11).save(tmp_path / "m")
+    (tmp_path / ".o.gguf.123.part").write_bytes(b"left by a killed conversion")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 1000))
+    steps: list[ConvertProgress] = []
+    with pytest.raises(ConvertError, match=r"the disk has 0.0 MiB free; .*killed.*'\.o\.gguf\.123\.part'"):
+        convert(folder, tmp_path / "o.gguf", progress=steps.append)
+    assert not steps
+    assert not (tmp_path / "o.gguf").exists()
 
 
 def test_verification_notices_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

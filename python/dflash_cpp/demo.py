@@ -45,10 +45,10 @@ class Comparison:
         return self.plain.tokens == self.speculative.tokens and self.plain.text == self.speculative.text
 
     @property
-    def speed_up(self) -> float:
-        """Decoding speed with the drafter over the speed without it."""
-        base = self.plain.stats.decode_tokens_per_s
-        return self.speculative.stats.decode_tokens_per_s / base if base else 0.0
+    def speed_up(self) -> float | None:
+        """Decoding speed with the drafter over the speed without it; None: nothing was decoded after the prompt."""
+        base, fast = (g.stats.decode_tokens_per_s for g in (self.plain, self.speculative))
+        return fast / base if base and fast else None
 
 
 def embedded_model_dir() -> Path:
@@ -141,5 +141,6 @@ def table(comparison: Comparison) -> Table:
     row("decode tokens/s", lambda s: f"{s.decode_tokens_per_s:.1f}")
     row("tokens per verify step", lambda s: f"{s.tokens_per_step:.2f}")
     row("acceptance, slots 1, 2, ...", lambda s: format_acceptance(s.acceptance))
-    out.add_row("speed-up", "1.00x", f"{comparison.speed_up:.2f}x")
+    speed_up = comparison.speed_up
+    out.add_row("speed-up", "1.00x", "-" if speed_up is None else f"{speed_up:.2f}x")
     return out

@@ -42,12 +42,11 @@ def add(subparsers: common.Subparsers) -> None:
     summary = "measure plain decoding, fixed depths and the automatic one side by side"
     parser = common.add_command(subparsers, "bench", run, summary, _EXAMPLES)
     source = parser.add_argument_group("model")
-    source.add_argument("--target", metavar="FILE", help="target GGUF")
-    source.add_argument("--drafter", metavar="FILE", help="drafter GGUF; without it only plain decoding is measured")
+    common.add_model_flags(source, required=False, plain="only plain decoding is measured")
     shapes = ", ".join(benchmark.SHAPES)
     source.add_argument("--synthetic", metavar="SHAPE", help=f"random weights: {shapes}, and k=v,... to change a shape")
     source.add_argument("--backend", choices=BACKENDS, default="auto")
-    source.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all usable cores)")
+    common.add_threads_flag(source)
     source.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
     common.add_draft_head_flag(source)
     group = parser.add_argument_group("measurement")
@@ -73,16 +72,18 @@ def load_model(args: argparse.Namespace) -> _core.Model:
     """The files' model, or a synthetic one."""
     if (args.target is None) == (args.synthetic is None):
         raise DFlashError("expected either --target or --synthetic")
+    if args.synthetic is not None and args.drafter is not None:
+        raise DFlashError("--drafter: expected only with --target; --synthetic brings a drafter of random weights")
     if args.synthetic is not None:
         target, drafter = benchmark.synthetic_shape(args.synthetic)
         own_head = {"auto": "Q4_0", "q4_0": "Q4_0", "q8_0": "Q8_0", "target": None}[args.draft_head]
         return _core.Model.synthetic(
-            target, drafter, draft_head=own_head, backend=args.backend, n_threads=args.threads
+            target, drafter, draft_head=own_head, backend=args.backend, n_threads=common.thread_count(args)
         )  # fmt: skip
     drafter_path = None if args.drafter is None else check_path("drafter", args.drafter)
     with common.byte_progress(common.stderr_console()) as progress:
         return _core.Model(
-            check_path("target", args.target), drafter_path, backend=args.backend, n_threads=args.threads,
+            check_path("target", args.target), drafter_path, backend=args.backend, n_threads=common.thread_count(args),
             progress=progress, kv_type=args.kv_type, draft_head=args.draft_head,
             n_ctx=2 * (max(args.contexts, default=1) + args.max_tokens),  # a session of fixed depths and one of auto
         )  # fmt: skip

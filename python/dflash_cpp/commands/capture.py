@@ -55,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
     console = common.stderr_console()
     with common.load_engine(args, console) as engine, common.count_progress(console, "shards") as progress:
         paths = capture(engine, prompts, args.out, options, on_progress=progress)
-    common.stdout_console().print(f"{len(paths)} shards in {args.out}")
+    common.stdout_console().print(f"{args.out}: {len(paths)} shard{'s' if len(paths) != 1 else ''}")
     return 0

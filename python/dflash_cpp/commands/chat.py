@@ -48,11 +48,13 @@ def _read(console: Console) -> str | None:
 
 
 def _answer(stream: Stream) -> bool:
-    """Streams one answer; False when Ctrl-C stopped it."""
+    """Streams one answer; False when Ctrl-C stopped it. Where nobody can type, Ctrl-C ends the conversation."""
     try:
         for piece in stream:
             common.write_text(piece.text)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         stream.close()
         return False
     return True

@@ -26,7 +26,7 @@ from ..errors import DFlashError
 from ..options import BACKENDS, DRAFT_HEADS, KV_TYPES, NUMA, EngineOptions, GenerateOptions
 
 if TYPE_CHECKING:
-    from ..options import GenerateKwargs
+    from ..options import EngineKwargs, GenerateKwargs
 
 _FILE_WIDTH: Final = 120  # columns
 
@@ -75,20 +75,37 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """--target, --drafter and the fields of `EngineOptions`."""
     d = EngineOptions()
     group = parser.add_argument_group("model")
-    group.add_argument("--target", "-m", required=True, metavar="FILE", help="target GGUF")
-    group.add_argument("--drafter", "-md", metavar="FILE", help="drafter GGUF; without it decoding is plain")
+    add_model_flags(group)
     group.add_argument("--backend", choices=BACKENDS, default=d.backend)
     group.add_argument("--precise", action="store_true", help="f32 activations: the slower reference mode")
     group.add_argument(
         "--n-ctx", "-c", type=int, default=d.n_ctx, metavar="N", help="context in tokens (default: %(default)s)"
     )
-    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+    add_threads_flag(group)
     group.add_argument("--kv-type", choices=KV_TYPES, default=d.kv_type, help="cache type (default: %(default)s)")
-    group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N", help="prompt tokens of a prefill chunk")
+    group.add_argument("--n-batch", type=int, default=d.n_batch, metavar="N",
+                       help="prompt tokens of a prefill chunk (default: %(default)s)")  # fmt: skip
     group.add_argument("--cpu-isa", default=d.cpu_isa, metavar="NAME", help="one that doctor lists (default: the best)")
     group.add_argument("--no-repack", action="store_true", help="use the weights where the file is mapped: slower")
     group.add_argument("--numa", choices=NUMA, default=d.numa, help="memory over NUMA nodes (default: %(default)s)")
     add_draft_head_flag(group)
+
+
+def add_model_flags(group: argparse._ActionsContainer, *, required: bool = True, plain: str = "") -> None:
+    """--target and --drafter. plain: what happens without a drafter, for the help."""
+    group.add_argument("--target", "-m", required=required, metavar="FILE", help="target GGUF")
+    without = plain or "decoding is plain"
+    group.add_argument("--drafter", "-md", metavar="FILE", help=f"drafter GGUF; without it {without}")
+
+
+def add_threads_flag(group: argparse._ActionsContainer) -> None:
+    """--threads."""
+    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+
+
+def thread_count(args: argparse.Namespace) -> int:
+    """--threads as the compiled engine takes it: 0 for the default. Raises DFlashError for values out of range."""
+    return EngineOptions(n_threads=args.threads).n_threads or 0
 
 
 def add_draft_head_flag(group: argparse._ArgumentGroup) -> None:
@@ -105,18 +122,21 @@ def add_generate_flags(parser: argparse.ArgumentParser, *, max_tokens: int | Non
     """The fields of `GenerateOptions` that make sense in a shell."""
     d = GenerateOptions()
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help="most tokens to generate")
-    group.add_argument("--depth", type=depth_value, default=d.depth, metavar="auto|N", help="drafts per round")
+    most = f"most tokens to generate (default: {max_tokens or 'until the context is full'})"
+    group.add_argument("--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help=most)
+    group.add_argument("--depth", type=depth_value, default=d.depth, metavar="auto|N",
+                       help="drafts a round (default: %(default)s)")  # fmt: skip
     group.add_argument("--temperature", type=float, default=d.temperature, metavar="T", help="0: greedy")
     group.add_argument("--top-k", type=int, default=d.top_k, metavar="K", help="0: off")
     group.add_argument("--top-p", type=float, default=d.top_p, metavar="P", help="1: off")
     group.add_argument("--min-p", type=float, default=d.min_p, metavar="P", help="0: off")
     group.add_argument("--seed", type=int, metavar="N", help="default: drawn, and shown by --stats")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
-    group.add_argument("--repetition-penalty", type=float, default=d.repetition_penalty, metavar="X")
-    group.add_argument("--presence-penalty", type=float, default=d.presence_penalty, metavar="X")
-    group.add_argument("--frequency-penalty", type=float, default=d.frequency_penalty, metavar="X")
-    group.add_argument("--penalty-last-n", type=int, default=d.penalty_last_n, metavar="N", help="-1: all tokens")
+    group.add_argument("--repetition-penalty", type=float, default=d.repetition_penalty, metavar="X", help="1: off")
+    group.add_argument("--presence-penalty", type=float, default=d.presence_penalty, metavar="X", help="0: off")
+    group.add_argument("--frequency-penalty", type=float, default=d.frequency_penalty, metavar="X", help="0: off")
+    group.add_argument("--penalty-last-n", type=int, default=d.penalty_last_n, metavar="N",
+                       help="tokens that the penalties look back at (default: %(default)s; -1: all)")  # fmt: skip
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     group.add_argument("--no-lookup", action="store_true", help="no drafts from n-gram matches")
 
@@ -164,24 +184,29 @@ def byte_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]
         yield update
 
 
+def engine_options(args: argparse.Namespace) -> EngineKwargs:
+    """Checked keyword arguments for `Engine`. Raises DFlashError for values out of range."""
+    options: EngineKwargs = {
+        "backend": args.backend,
+        "precise": args.precise,
+        "n_ctx": args.n_ctx,
+        "n_threads": args.threads,
+        "kv_type": args.kv_type,
+        "n_batch": args.n_batch,
+        "cpu_isa": args.cpu_isa,
+        "repack": not args.no_repack,
+        "numa": args.numa,
+        "draft_head": args.draft_head,
+    }
+    EngineOptions(**options)
+    return options
+
+
 def load_engine(args: argparse.Namespace, console: Console) -> Engine:
     """The engine that the flags describe, with a bar while it loads."""
-    with byte_progress(console) as progress:
-        return Engine(
-            args.target,
-            args.drafter,
-            backend=args.backend,
-            precise=args.precise,
-            n_ctx=args.n_ctx,
-            n_threads=args.threads,
-            kv_type=args.kv_type,
-            n_batch=args.n_batch,
-            cpu_isa=args.cpu_isa,
-            repack=not args.no_repack,
-            numa=args.numa,
-            draft_head=args.draft_head,
-            progress=progress,
-        )
+    options = engine_options(args)
+    with byte_progress(console) as options["progress"]:
+        return Engine(args.target, args.drafter, **options)
 
 
 def print_json(value: Any) -> None:

@@ -39,5 +39,5 @@ def add(subparsers: common.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts; 0, 2 for wrong input (the converter has said what), 130 when interrupted."""
-    status = int(converter().run(args))
+    status = int(converter().run(args, "dflash-cpp"))
     return 2 if status == 1 else status

@@ -24,7 +24,7 @@ def add(subparsers: common.Subparsers) -> None:
     parser.add_argument("--prompt", "-p", default=demo.PROMPT, metavar="TEXT", help="default: the head of a module")
     parser.add_argument("--max-tokens", "-n", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--depth", type=common.depth_value, default="auto", metavar="auto|N", help="drafts per round")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+    common.add_threads_flag(parser)
     parser.add_argument("--model-dir", metavar="DIR", help="checkpoint folders of another pair")
 
 

@@ -59,7 +59,9 @@ def _check_length(args: argparse.Namespace, prompt: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Streams the text; 0."""
     console = common.stderr_console()
-    options, prompt = common.generate_options(args), _prompt(args, console)
+    options = common.generate_options(args)
+    common.engine_options(args)
+    prompt = _prompt(args, console)
     if not prompt:
         raise DFlashError("prompt: expected text, found an empty string")
     _check_length(args, prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import inspect_gguf
-from ..errors import DFlashError
+from ..options import EngineOptions
 from . import common
 
 _EXAMPLES = """\
@@ -18,15 +18,16 @@ def add(subparsers: common.Subparsers) -> None:
     """Declares the command."""
     parser = common.add_command(subparsers, "inspect", run, "show what a GGUF file holds and needs", _EXAMPLES)
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context for the memory need")
+    parser.add_argument(
+        "--n-ctx", type=int, default=8192, metavar="N", help="context for the memory need (default: %(default)s)"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the summary; 0."""
-    if args.n_ctx < 1:
-        raise DFlashError(f"--n-ctx: expected a number of at least 1, found {args.n_ctx}")
+    EngineOptions(n_ctx=args.n_ctx)
     summary = inspect_gguf.summarize(args.file, n_ctx=args.n_ctx)
     if args.json:
         common.print_json(summary.to_dict())

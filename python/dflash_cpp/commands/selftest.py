@@ -23,10 +23,10 @@ def add(subparsers: common.Subparsers) -> None:
     """Declares the command."""
     summary = "say whether a drafter fits its target: tap numbering, mask token, acceptance"
     parser = common.add_command(subparsers, "selftest", run, summary, _EXAMPLES)
-    parser.add_argument("--target", required=True, metavar="FILE", help="target GGUF")
-    parser.add_argument("--drafter", required=True, metavar="FILE", help="drafter GGUF")
+    parser.add_argument("--target", "-m", required=True, metavar="FILE", help="target GGUF")
+    parser.add_argument("--drafter", "-md", required=True, metavar="FILE", help="drafter GGUF")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all usable cores)")
+    common.add_threads_flag(parser)
     parser.add_argument("--data", nargs="+", metavar="FILE", help="held-out sequences (default: the target's own text)")
     parser.add_argument("--limit", type=int, default=6, metavar="N", help="sequences to use (default: %(default)s)")
     parser.add_argument("--anchors", type=int, default=12, metavar="N", help="blocks a sequence (default: %(default)s)")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             anchors=args.anchors,
             expected=args.expect,
             backend=args.backend,
-            n_threads=args.threads,
+            n_threads=common.thread_count(args),
             try_variants=args.variants,
             on_progress=progress,
         )
