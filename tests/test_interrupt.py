@@ -89,15 +89,21 @@ def test_the_command_line(nano_path: Path) -> None:
     assert b"Traceback" not in err
 
 
-@pytest.mark.parametrize("module", ["dflash_cpp._core", "numpy", "tokenizers", "rich.progress", "dflash_cpp.commands"])
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["argparse", "dflash_cpp._core", "numpy", "tokenizers", "rich.progress"])
 def test_while_the_program_is_imported(module: str) -> None:
-    """The half second before a command runs."""
+    """The half second before a command runs. Numpy, for one, would make an ImportError of a KeyboardInterrupt."""
     script = f"""
-import runpy, sys
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
-            raise KeyboardInterrupt
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000): pass
+            except KeyboardInterrupt:
+                raise ImportError(name)
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["dflash-cpp", "doctor"]
 runpy.run_module("dflash_cpp", run_name="__main__")

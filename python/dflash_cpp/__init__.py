@@ -8,10 +8,10 @@ print(engine.generate("def quicksort(", max_tokens=128).text)
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from ._core import __version__
     from .api import Engine, Generation, Piece, Stream, generate
     from .errors import CapacityError, DFlashError
@@ -43,6 +43,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that the command line is there to take a Ctrl-C meanwhile."""
+    from importlib import import_module
+
     for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+
+TYPE_CHECKING = False  # typing is slow to import, and everything up here runs before Ctrl-C is looked after
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 _EXAMPLES = """\
 examples:
@@ -22,7 +24,8 @@ EXIT_INTERRUPTED = 130
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    # Here and not above: imports take half a second, and Ctrl-C has to end them as it ends everything else.
+    import argparse
+
     from . import __version__
     from .commands import bench, capture, chat, convert, demo, doctor, generate, inspect, selftest
     from .commands import eval as eval_command
@@ -42,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _prepare_streams() -> None:
     """Streams that the caller closed become empty ones; characters that stdout's encoding lacks are shown as "?"."""
+    import io
+    from pathlib import Path
+
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
@@ -55,11 +61,37 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    from .errors import DFlashError
+def _interrupted() -> int:
+    if sys.stderr is not None:
+        print("\ndflash-cpp: interrupted", file=sys.stderr, flush=True)
+    return EXIT_INTERRUPTED
 
-    _prepare_streams()
-    args = build_parser().parse_args(argv)
+
+class _ExitOnInterrupt:
+    """Ctrl-C ends the program at once: for the half second of imports, some of which (numpy's) would turn a
+    KeyboardInterrupt into an ImportError. Where SIGINT is ignored, or is the caller's, it stays so."""
+
+    def __enter__(self) -> None:
+        self._ours = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            try:
+                signal.signal(signal.SIGINT, lambda number, frame: os._exit(_interrupted()))
+                self._ours = True
+            except ValueError:  # not the main thread, which gets no signals
+                pass
+
+    def __exit__(self, *exception: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    with _ExitOnInterrupt():
+        from .errors import DFlashError
+
+        _prepare_streams()
+        parser = build_parser()
+    args = parser.parse_args(argv)
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -82,5 +114,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt:
-        print("\ndflash-cpp: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
