@@ -35,6 +35,7 @@ BAD_OPTIONS = [
     ({"depth": 16}, r"depth.*0\.\.15.*16"),
     ({"depth": "deep"}, "depth.*deep"),
     ({"depth": True}, "depth.*True"),
+    ({"depth": np.array([1, 2])}, r"depth.*array\(\[1, 2\]\)"),
     ({"top_p": 1e-300}, "top_p.*1e-300"),
     ({"temperature": 1e300}, r"temperature.*1e\+300"),
     ({"repetition_penalty": 0}, "repetition_penalty.*0"),
@@ -132,6 +133,7 @@ def test_detokenize(engine: Engine) -> None:
 
 BAD_ENGINE_OPTIONS = [
     ({"backend": "cuda"}, "backend.*'cpu'.*cuda"),
+    ({"backend": np.array(["cpu", "hip"])}, "backend.*'cpu'.*array"),
     ({"precise": 1}, "precise.*1"),
     ({"n_ctx": 1}, "n_ctx.*1"),
     ({"n_ctx": "8k"}, "n_ctx.*8k"),
@@ -436,3 +438,11 @@ def test_progress_of_loading(nano_path: Path, nano_drafter_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Engine(nano_path, n_ctx=64, progress=stop)
+
+
+def test_a_stream_of_a_closed_engine(nano_path: Path) -> None:
+    with Engine(nano_path, n_ctx=64) as engine:
+        stream = engine.stream("import ", max_tokens=9, ignore_eos=True)
+        next(stream)
+    with pytest.raises(DFlashError, match="engine: it is closed"):
+        next(stream)

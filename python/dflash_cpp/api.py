@@ -199,6 +199,7 @@ class Stream(Iterator[Piece]):
         """Takes the engine for the next piece, with the lock held. Raises StopIteration when there is none."""
         while True:
             if self._superseded:
+                self._engine._open_session()  # raises where the engine is closed
                 raise DFlashError(
                     "stream: a later call on the same engine replaced it; finish a stream first, or use a second engine"
                 )

@@ -95,7 +95,7 @@ def _check_bool(name: str, value: object) -> None:
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise _fail(name, "one of " + ", ".join(repr(c) for c in choices), value)
 
 
@@ -199,7 +199,7 @@ class GenerateOptions:
         for s in self.stops:
             if not isinstance(s, str) or not s:
                 raise _fail("stop", "a non-empty string, or a sequence of them", s)
-        if self.depth != "auto":
+        if not (isinstance(self.depth, str) and self.depth == "auto"):
             _check_int("depth", self.depth, 0)
         # the limits as rounded to single precision are within
         _check_float(
