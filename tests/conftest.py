@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ PAIRS = {
 TARGET_OF = {drafter: target for target, drafter in PAIRS.values()}
 
 Ids = list[int]
+
+# A shell starts its background jobs (`pytest &`, some CI runners) with SIGINT ignored, and so would be what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

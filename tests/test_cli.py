@@ -16,6 +16,7 @@ from rich.console import Console
 import dflash_cpp
 from dflash_cpp import Engine, cli, doctor
 from dflash_cpp.demo import embedded_model_dir
+from dflash_cpp.options import EngineOptions, GenerateOptions
 
 COMMANDS = ["generate", "chat", "convert", "inspect", "doctor", "demo", "eval", "bench", "selftest", "capture"]
 
@@ -179,6 +180,15 @@ def test_short_flags_are_everywhere(
         capsys.readouterr()
         assert cli.main([*command, *pair[:-1], "0"]) == 2
         assert "n_threads: expected" in capsys.readouterr().err
+
+
+def test_options_have_one_name() -> None:
+    """What Python calls an option, the command line calls it too."""
+    text = dflash("generate", "--help").stdout
+    names = {f.name for options in (EngineOptions, GenerateOptions) for f in dataclasses.fields(options)}
+    for name in sorted(names - {"progress", "logit_bias", "logits_hook"}):  # which no shell can write
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in text or f"--no-{flag}" in text, name
 
 
 def test_the_converter_speaks_as_the_program(tmp_path: Path) -> None:

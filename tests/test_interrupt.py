@@ -95,7 +95,6 @@ def test_while_the_program_is_imported(module: str) -> None:
     """The half second before a command runs. Numpy, for one, would make an ImportError of a KeyboardInterrupt."""
     script = f"""
 import os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:

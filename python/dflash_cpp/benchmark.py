@@ -7,7 +7,6 @@ learns nothing from the fixed ones.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -375,8 +374,3 @@ def tables(result: dict[str, Any]) -> list[Table]:
             draft.caption = "noise: a round took no longer than a plain step; too short to measure, try more --rounds"
         draft.add_row(str(row["count"]), str(row["calls"]), f"{row['ms']:.2f}", relative, enough)
     return [prefill, speed, cost, draft]
-
-
-def median_ratio(result: dict[str, Any], depth: Depth) -> float:
-    """Median over contexts of a depth's ratio to plain decoding."""
-    return statistics.median(float(row["ratio"]["median"]) for row in result["decode"] if row["depth"] == depth)

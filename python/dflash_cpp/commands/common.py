@@ -100,7 +100,8 @@ def add_model_flags(group: argparse._ActionsContainer, *, required: bool = True,
 
 def add_threads_flag(group: argparse._ActionsContainer) -> None:
     """--threads."""
-    group.add_argument("--threads", "-t", type=int, metavar="N", help="CPU threads (default: one for each usable core)")
+    group.add_argument("--threads", "--n-threads", "-t", type=int, metavar="N",
+                       help="CPU threads (default: one for each usable core)")  # fmt: skip
 
 
 def thread_count(args: argparse.Namespace) -> int:
@@ -125,7 +126,7 @@ def add_generate_flags(parser: argparse.ArgumentParser, *, max_tokens: int | Non
     most = f"most tokens to generate (default: {max_tokens or 'until the context is full'})"
     group.add_argument("--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help=most)
     group.add_argument("--depth", type=depth_value, default=d.depth, metavar="auto|N",
-                       help="drafts a round (default: %(default)s)")  # fmt: skip
+                       help="drafts per round (default: %(default)s)")  # fmt: skip
     group.add_argument("--temperature", type=float, default=d.temperature, metavar="T", help="0: greedy")
     group.add_argument("--top-k", type=int, default=d.top_k, metavar="K", help="0: off")
     group.add_argument("--top-p", type=float, default=d.top_p, metavar="P", help="1: off")
