@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +99,19 @@ def test_the_stub_is_the_module() -> None:
 @pytest.mark.parametrize(("kwargs", "options"), [(EngineKwargs, EngineOptions), (GenerateKwargs, GenerateOptions)])
 def test_keyword_types_list_every_option(kwargs: type, options: type) -> None:
     assert tuple(kwargs.__annotations__) == option_names(options)
+
+
+def test_public_names_come_when_they_are_used() -> None:
+    script = """
+import sys, dflash_cpp
+assert "dflash_cpp._core" not in sys.modules
+assert dflash_cpp.errors.DFlashError is dflash_cpp.DFlashError
+from dflash_cpp import *
+assert issubclass(CapacityError, DFlashError) and Engine is dflash_cpp.Engine and generate is dflash_cpp.generate
+assert set(dir(dflash_cpp)) == set(dflash_cpp.__all__)
+assert not hasattr(dflash_cpp, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_public_names_have_docstrings() -> None:

@@ -42,9 +42,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that the command line is there to take a Ctrl-C meanwhile."""
+    """Imports a public name, or its module, when it is first used: the command line is there to take a Ctrl-C then."""
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
