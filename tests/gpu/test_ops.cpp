@@ -181,7 +181,6 @@ void test_small(Backend& b, std::mt19937& rng) {
 }
 
 // ---- attention
-// ----------------------------------------------------------------------------------------------------------
 
 struct AttentionCase {
   int n_head, n_head_kv, head_dim, n_rot;
@@ -349,7 +348,6 @@ void test_attention(Backend& b, std::mt19937& rng) {
 }
 
 // ---- experts
-// ------------------------------------------------------------------------------------------------------------
 
 // Returns the largest SwiGLU product.
 double ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor& down, int64_t e, const double* hq,
@@ -516,7 +514,6 @@ void test_experts(Backend& b, std::mt19937& rng) {
 }
 
 // ---- recorded steps, errors
-// ---------------------------------------------------------------------------------------------
 
 void test_steps(Backend& b, std::mt19937& rng) {
   const int n_ctx = 2048, heads = 4, dim = 128, n = heads * dim, rows = 3;

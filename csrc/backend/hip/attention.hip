@@ -58,7 +58,6 @@ struct AttentionArgs {
 };
 
 // ---- q, k and v of one row as the projections left them
-// ------------------------------------------------------------
 
 constexpr int kRotations = 64;  // of a head at most
 

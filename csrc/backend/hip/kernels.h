@@ -15,12 +15,12 @@ struct Position {
 };
 
 // ---- norm_rope.hip
-// ---------------------------------------------------------------------------------------------------- h = rms_norm(x,
-// norm), or x when norm is null. Writes h (when y is not null) and its int8 groups (when q.q is not).
+
 struct MutableQuantRows {
   int8_t* q = nullptr;
   GroupScale* scale = nullptr;
 };
+// h = rms_norm(x, norm), or x when norm is null. Writes h (when y is not null) and its int8 groups (when q.q is not).
 void launch_norm_quantize(gpu::Stream s, const float* x, const float* norm, float eps, int rows, int64_t n, float* y,
                           MutableQuantRows q);
 unsigned norm_threads(int64_t n);  // of a block of norm_quantize and qkv_post
@@ -33,13 +33,13 @@ void launch_qkv_post(gpu::Stream s, const QkvPost& p, int rows, Position pos0, f
                      const KvLayer& kv, bool half_q = false);
 
 // ---- matmul.hip
-// ------------------------------------------------------------------------------------------------------- outs[i].y
-// (+)= outs[i].w * x for up to kMaxOuts weights of one type and n_in.
+
 inline constexpr int kMaxOuts = 8;
 struct TiledOut {
   TiledWeight w;
   float* y = nullptr;  // [rows, n_out]
 };
+// outs[i].y (+)= outs[i].w * x for up to kMaxOuts weights of one type and n_in.
 void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, QuantRows x, int rows, bool add);
 
 // The same of rms_norm(x.x, x.norm) for a few rows, which saves a launch.
@@ -53,9 +53,10 @@ void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, co
 // y (+)= w * x for F32, F16 and BF16 weights in their GGUF rows, f32 activations.
 void launch_float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, float* y, bool add);
 
-// ---- moe.hip, experts_few.hip, experts_many.hip
-// ----------------------------------------------------------------------- Which expert computes what. A pair is (row,
-// slot), numbered row * top_k + slot; an item is a run of at most `chunk` pairs of one expert.
+// ---- moe.hip, experts_few.hip
+
+// Which expert computes what. A pair is (row, slot), numbered row * top_k + slot; an item is a run of at most `chunk`
+// pairs of one expert.
 struct alignas(16) Item {
   int expert, first, count, unused;
 };
@@ -139,6 +140,7 @@ struct PairRows {
 void launch_add_experts(gpu::Stream s, const Routing& r, const PairRows& y, int64_t n, float* x);
 
 // ---- matmul_many.hip, moe_many.hip, attention_many.hip: more than kFewRows rows
+
 // Rows of 16-bit floats [rows, n], the groups of 32 in the order gpu::half_slot(): f16 where a norm or attention bounds
 // them, else bf16 (always for the SwiGLU product, which f16 does not hold).
 struct HalfRows {
@@ -164,7 +166,7 @@ void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position
                            const KvLayer& kv, float* out, HalfRows half);
 
 // ---- attention.hip
-// ----------------------------------------------------------------------------------------------------
+
 inline constexpr int kAttentionCounters = 32768;  // at least 16 rows of n_head queries
 size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
 // Whether attention itself normalises, rotates and stores q, k, v, with no launch of qkv_post: NVIDIA, one row, norm
@@ -183,7 +185,7 @@ void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0
                       MutableQuantRows quant);
 
 // ---- small_ops.hip
-// ----------------------------------------------------------------------------------------------------
+
 void launch_embed(gpu::Stream s, const Weight& table, const int32_t* tokens, int rows, float* x);
 // At most kSmallUpload bytes, which travel as an argument: sooner than a copy.
 inline constexpr size_t kSmallUpload = 64;

@@ -182,7 +182,6 @@ void matmul_few(gpu::Stream s, const OutList& list, const FewInput& in, bool add
 }
 
 // ---- float weights
-// ----------------------------------------------------------------------------------------------------
 
 constexpr int kFloatRows = 8;  // rows of x that share one reading of the weights
 
@@ -236,7 +235,6 @@ void float_matmul(gpu::Stream s, const Weight& w, const float* x, int rows, floa
 }
 
 // ---- float experts: any rows, one pair at a time (files that keep experts in floats are small)
-// --------------------------
 
 template <DType T>
 __global__ void __launch_bounds__(kThreads)

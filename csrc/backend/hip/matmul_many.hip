@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(kManyThreads, 1) matmul_many_kernel(DenseJob<F
 }
 
 // ---- norm
-// ---------------------------------------------------------------------------------------------------------------
 
 constexpr int kNormThreads = 256;
 constexpr int kNormHeld = 4;  // float4 of a row a thread holds

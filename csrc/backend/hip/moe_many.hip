@@ -12,7 +12,6 @@ namespace {
 unsigned u(int64_t n) { return static_cast<unsigned>(n); }
 
 // ---- router
-// -------------------------------------------------------------------------------------------------------------
 
 constexpr int kRouterRows = 64, kRouterOuts = 128;  // of a block; two blocks a multiprocessor overlap better than one
 constexpr int kRouterDepth = 32, kRouterQuads = kRouterDepth / 4;  // of a step, and float4 of a row in it
@@ -141,7 +140,6 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
 }
 
 // ---- experts
-// ------------------------------------------------------------------------------------------------------------
 
 // What the two products have in common: a job is `across` blocks of an item.
 struct ExpertJob {

@@ -102,7 +102,6 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 // ---- q, k, v
-// ------------------------------------------------------------------------------------------------------------
 
 __device__ inline void store_kv(const KvLayer& kv, void* base, int head, int64_t pos, int dim, float v) {
   const int64_t at = (static_cast<int64_t>(head) * kv.n_ctx + pos) * kv.head_dim + dim;

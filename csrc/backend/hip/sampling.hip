@@ -72,7 +72,6 @@ __device__ inline bool is_candidate(const SampleArgs& a, float top, float logit)
 }
 
 // ---- bias and penalties
-// -------------------------------------------------------------------------------------------------
 
 struct EditArgs {
   float* logits;
@@ -103,7 +102,6 @@ __global__ void __launch_bounds__(kPartThreads) edit_logits_kernel(EditArgs a) {
 }
 
 // ---- bins
-// ---------------------------------------------------------------------------------------------------------------
 
 // The largest logit of each part; the row's bins to zero.
 __global__ void __launch_bounds__(kPartThreads) row_top_kernel(SampleArgs a) {
@@ -185,7 +183,6 @@ __global__ void __launch_bounds__(kPartThreads) bin_by_id_kernel(SampleArgs a) {
 }
 
 // ---- the draw
-// -----------------------------------------------------------------------------------------------------------
 
 struct Shared {
   union {

@@ -15,7 +15,6 @@ unsigned blocks_for(int64_t n) { return static_cast<unsigned>((n + kSmallThreads
 __device__ inline int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * kSmallThreads + threadIdx.x; }
 
 // ---- embedding
-// ----------------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kSmallThreads)
     embed_float_kernel(DType type, const void* table, const int32_t* __restrict__ tokens, int64_t n, float* x) {
@@ -69,7 +68,6 @@ __global__ void __launch_bounds__(kSmallThreads)
 }
 
 // ---- greedy choice
-// ------------------------------------------------------------------------------------------------------
 
 constexpr int kTop1Parts = 64;     // blocks of a row
 constexpr int kTop1Together = 13;  // logits a thread reads at a time: all of a vocabulary of 200,064
@@ -150,7 +148,6 @@ __global__ void __launch_bounds__(gpu::kWave) top1_final_kernel(const Best* part
 }
 
 // ---- filling weights
-// ----------------------------------------------------------------------------------------------------
 
 // A thread per GGUF block. Rows are counted through the whole expert stack, n_out of them an expert.
 __global__ void __launch_bounds__(kSmallThreads)
