@@ -29,7 +29,7 @@ if [ "${3:-}" = check ]; then
   {
     for kernel in experts_row experts_queue experts_stream group_kernel route_few router_kernel choose_kernel gate_up_few down_few \
       gate_up_half gate_up_dense gate_up_many down_many add_experts float_gate_up float_down dense_routing; do
-      echo "racecheck $kernel $ops quick experts"
+      echo "racecheck $kernel $ops quick experts ffn"
     done
     for kernel in attention_split attention_many; do echo "racecheck $kernel $ops quick attention"; done
     for kernel in matmul_few matmul_half matmul_many float_matmul; do echo "racecheck $kernel $ops quick matmul"; done

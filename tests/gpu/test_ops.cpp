@@ -367,6 +367,24 @@ double ref_expert(const TestTensor& gate, const TestTensor& up, const TestTensor
   return largest;
 }
 
+// The experts that a row h chooses, with their shares.
+std::vector<std::pair<int, double>> ref_choice(const TestTensor& router, const Floats& bias, const double* h,
+                                               int top_k) {
+  const int64_t n_embd = router.host.n_in;
+  std::vector<std::pair<double, int>> order(bias.size());
+  Doubles score(bias.size());
+  for (size_t e = 0; e < bias.size(); ++e) {
+    score[e] = 1.0 / (1.0 + std::exp(-ref_dot(&router.values[e * n_embd], h, n_embd)));
+    order[e] = {-(score[e] + bias[e]), static_cast<int>(e)};
+  }
+  std::sort(order.begin(), order.end());
+  double sum = 0.0;
+  for (int s = 0; s < top_k; ++s) sum += score[order[s].second];
+  std::vector<std::pair<int, double>> chosen;
+  for (int s = 0; s < top_k; ++s) chosen.emplace_back(order[s].second, score[order[s].second] / sum);
+  return chosen;
+}
+
 void test_experts(Backend& b, std::mt19937& rng) {
   struct Case {
     DType type, down;
@@ -434,19 +452,10 @@ void test_experts(Backend& b, std::mt19937& rng) {
       Doubles want = to_doubles(xs);
       double largest = 0.0;
       for (int r = 0; r < most; ++r) {
-        std::vector<std::pair<double, int>> choice(c.n_expert);
-        Doubles score(c.n_expert);
-        for (int e = 0; e < c.n_expert; ++e) {
-          score[e] = 1.0 / (1.0 + std::exp(-ref_dot(&router->values[e * c.n_embd], &h[r * c.n_embd], c.n_embd)));
-          choice[e] = {-(score[e] + bias[e]), e};
-        }
-        std::sort(choice.begin(), choice.end());
-        double sum = 0.0;
-        for (int s = 0; s < c.top_k; ++s) sum += score[choice[s].second];
-        for (int s = 0; s < c.top_k; ++s) {
+        for (const auto& [expert, share] : ref_choice(*router, bias, &h[r * c.n_embd], c.top_k)) {
           Doubles y;
-          largest = std::max(largest, ref_expert(*gate, *up, *down, choice[s].second, &hq[r * c.n_embd], int8, &y));
-          for (int64_t i = 0; i < c.n_embd; ++i) want[r * c.n_embd + i] += score[choice[s].second] / sum * y[i];
+          largest = std::max(largest, ref_expert(*gate, *up, *down, expert, &hq[r * c.n_embd], int8, &y));
+          for (int64_t i = 0; i < c.n_embd; ++i) want[r * c.n_embd + i] += share * y[i];
         }
       }
       if (c.norm > 1.0f) expect(largest > 65504.0, cat(what, ": products up to ", largest, " test nothing"));
@@ -462,12 +471,14 @@ void test_experts(Backend& b, std::mt19937& rng) {
   // distinct experts: the forced case reads top_k of them
   report("moe", worst, kLimitExperts);
   report("moe, many rows", worst_many, kLimitExperts);
+}
 
-  double worst_ffn = 0.0;
-  struct FfnShape {
+void test_ffn(Backend& b, std::mt19937& rng) {
+  double worst = 0.0;
+  struct Shape {
     int64_t n_embd, n_ff;  // the second: more tiles than a GPU has multiprocessors, and not a multiple of them
   };
-  for (const FfnShape& shape : {FfnShape{256, 352}, FfnShape{96, 5408}}) {
+  for (const Shape& shape : {Shape{256, 352}, Shape{96, 5408}}) {
     if (g_quick && shape.n_ff > 512) continue;
     for (DType type : {DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::F16}) {
       const int64_t n_embd = shape.n_embd, n_ff = shape.n_ff;
@@ -500,7 +511,7 @@ void test_experts(Backend& b, std::mt19937& rng) {
           (void)ref_expert(*gate, *up, *down, 0, &hq[r * n_embd], int8, &y);
           for (int64_t i = 0; i < n_embd; ++i) want[r * n_embd + i] += y[i];
         }
-        check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst_ffn);
+        check(cat("ffn ", dtype_info(type).name), want, all, kLimitExperts, &worst);
         for (int rows : kRowCounts) {
           if (rows > most || (quantized && !few && rows <= kInt8Rows)) continue;
           const int first = most - rows;
@@ -510,7 +521,7 @@ void test_experts(Backend& b, std::mt19937& rng) {
       }
     }
   }
-  report("ffn", worst_ffn, kLimitExperts);
+  report("ffn", worst, kLimitExperts);
 }
 
 // ---- recorded steps, errors
@@ -599,8 +610,8 @@ int run(const std::vector<std::string>& names) {
   const auto b = make_hip_backend(BackendOptions());
   std::printf("%s\n", b->describe().c_str());
   const std::vector<std::pair<std::string, void (*)(Backend&, std::mt19937&)>> tests = {
-      {"small", test_small},     {"matmul", test_matmul}, {"attention", test_attention},
-      {"experts", test_experts}, {"steps", test_steps},   {"errors", test_errors}};
+      {"small", test_small}, {"matmul", test_matmul}, {"attention", test_attention}, {"experts", test_experts},
+      {"ffn", test_ffn},     {"steps", test_steps},   {"errors", test_errors}};
   for (const std::string& name : names) {
     const bool known = std::any_of(tests.begin(), tests.end(), [&](const auto& t) { return t.first == name; });
     expect(known, cat("no test is called ", name));
