@@ -35,6 +35,7 @@ if [ "${3:-}" = check ]; then
     for kernel in matmul_few matmul_half matmul_many float_matmul; do echo "racecheck $kernel $ops quick matmul"; done
     for kernel in matmul_resident qkv_ norm_; do echo "racecheck $kernel $ops quick steps small"; done
     for kernel in draw_token bin_by row_top top1_ edit_logits; do echo "racecheck $kernel $engine sampling quick"; done
+    echo "initcheck - $ops quick matmul experts ffn"
     for tool in memcheck synccheck; do
       echo "$tool - $ops quick"
       echo "$tool - $engine sampling quick"
