@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The GPU backend's code for gfx1151 as plain C++ on the CPU (tests/gpu/emulator): every op against its reference, sampling
-# against the CPU's, and the embedded pair, speculative equal to plain; then the few-row kernels as NVIDIA runs them. No GPU
+# against the CPU's, weights loaded from a file, and the embedded pair, speculative equal to plain; then the few-row kernels as NVIDIA runs them. No GPU
 # and no ROCm are needed; nothing is timed.
 #
 #   scripts/test_emulated.sh [all]   all: every shape of the op tests (10 minutes) instead of the quick ones
@@ -31,6 +31,7 @@ if command -v dflash-cpp >/dev/null; then scripts/nano_pair.sh "$work"; fi
 build gfx1151 ""
 "$work/gfx1151/csrc/backend/hip/gpu_test_ops" "${quick[@]}"
 "$work/gfx1151/csrc/gpu_test_engine" sampling quick
+"$work/gfx1151/csrc/gpu_test_engine" loading quick
 pair gfx1151
 
 # Few rows as NVIDIA has them: weights through shared memory, kernels whose blocks wait for each other.

@@ -6,7 +6,7 @@
 namespace dflash::test {
 
 void test_sampling(Backend& gpu, Backend& cpu, bool quick);  // quick: for compute-sanitizer
-void test_loading(Backend& gpu);
+void test_loading(Backend& gpu, bool quick);                 // quick: a file of 130 MB instead of 1 GB
 void test_long_context(Backend& gpu);
 void test_lost_device(Backend& gpu, Backend& cpu);
 

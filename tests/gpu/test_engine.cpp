@@ -1,6 +1,7 @@
 // What the engine asks of a GPU beside its ops: sampling, loading, long contexts, a lost device.
 //
-//   gpu_test_engine sampling [quick] | loading | long | lost     lost leaves the device unusable: a process of its own
+//   gpu_test_engine sampling [quick] | loading [quick] | long | lost     lost leaves the device unusable: a process of
+//   its own
 
 #include <cstdio>
 #include <cstring>
@@ -13,6 +14,7 @@ int main(int argc, char** argv) {
   using namespace dflash;
   try {
     const std::string what = argc > 1 ? argv[1] : "";
+    const bool quick = argc > 2 && std::strcmp(argv[2], "quick") == 0;
     const std::string why = hip_backend_status();
     if (!why.empty()) {
       std::printf("no device: %s\n", why.c_str());
@@ -22,9 +24,9 @@ int main(int argc, char** argv) {
     const auto cpu = make_cpu_backend(BackendOptions());
     std::printf("%s: %s\n", what.c_str(), gpu->describe().c_str());
     if (what == "sampling") {
-      test::test_sampling(*gpu, *cpu, argc > 2 && std::strcmp(argv[2], "quick") == 0);
+      test::test_sampling(*gpu, *cpu, quick);
     } else if (what == "loading") {
-      test::test_loading(*gpu);
+      test::test_loading(*gpu, quick);
     } else if (what == "long") {
       test::test_long_context(*gpu);
     } else if (what == "lost") {

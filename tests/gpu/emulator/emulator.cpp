@@ -475,7 +475,8 @@ hipError_t hipMemGetInfo(size_t* free, size_t* total) {
   return hipSuccess;
 }
 hipError_t hipHostMalloc(void** p, size_t n, unsigned) {
-  *p = std::malloc(n);
+  constexpr size_t kPage = 4096;  // pinned memory begins at a page, which direct reads rely on
+  *p = std::aligned_alloc(kPage, (n + kPage - 1) / kPage * kPage);
   return *p != nullptr ? hipSuccess : hipErrorOutOfMemory;
 }
 hipError_t hipHostFree(void* p) {
