@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU backend's code for gfx1151 as plain C++ on the CPU (tests/gpu/emulator): every op against its reference, sampling
-# against the CPU's, weights loaded from a file, and the embedded pair, speculative equal to plain; then the few-row kernels as NVIDIA runs them. No GPU
-# and no ROCm are needed; nothing is timed.
+# against the CPU's, weights loaded from a file, and the embedded pair, speculative equal to plain; then the few-row
+# kernels as NVIDIA runs them. No GPU and no ROCm are needed; nothing is timed.
 #
 #   scripts/test_emulated.sh [all]   all: every shape of the op tests (10 minutes) instead of the quick ones
 set -euo pipefail
