@@ -90,6 +90,23 @@ def test_the_command_line(nano_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_conversation_from_a_file(nano_path: Path) -> None:
+    """Nobody is there to say the next line: Ctrl-C ends all of it, not one answer after the other."""
+    command = [sys.executable, "-m", "dflash_cpp", "chat", "--target", str(nano_path)]
+    command += ["--n-ctx", "100000", "--ignore-eos"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"Write a module.\nAnother one.\n")
+        process.stdin.flush()
+        assert process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith(b"dflash-cpp: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("module", ["argparse", "dflash_cpp._core", "numpy", "tokenizers", "rich.progress"])
 def test_while_the_program_is_imported(module: str) -> None:
     """The half second before a command runs. Numpy, for one, would make an ImportError of a KeyboardInterrupt."""
