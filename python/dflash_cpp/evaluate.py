@@ -25,6 +25,7 @@ from .options import MAX_SEED
 K_REPORTED: Final = 8
 PUBLISHED_SEED: Final = 5  # of the anchors behind the published table, see docs/speculation.md
 BATCH: Final = 32  # sequences whose anchors are drawn by one call there
+PIECE: Final = 512  # tokens taken in by one call at most: Ctrl-C is heard between calls
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Evaluation:
     hits: bool [blocks, slots], whether the top-1 draft of each slot is the sequence's own token.
     losses: float [blocks, slots], -log of the probability the drafter gave that token, nats.
     sequence: int [blocks], the index of the sequence a block is from. anchors: int [blocks], the anchor's position.
+    left_out: sequences without room for a block.
     """
 
     hits: NDArray[np.bool_]
     losses: NDArray[np.float64]
     sequence: NDArray[np.int64]
     anchors: NDArray[np.int64]
+    left_out: int = 0
 
     @property
     def blocks(self) -> int:
@@ -83,6 +86,7 @@ class Evaluation:
             "val_loss": self.val_loss,
             "blocks": self.blocks,
             "sequences": len(np.unique(self.sequence)),
+            "sequences_left_out": self.left_out,
             "m_accept_standard_error": None if np.isnan(error) else error,
             "k_cumulative": list(self.cumulative),
         }
@@ -90,8 +94,12 @@ class Evaluation:
     def table(self, title: str = "acceptance") -> Table:
         """A rich table for people."""
         error = self.m_accept_error
-        note = None if np.isnan(error) else f"m_accept ± {error:.3f} (standard error over sequences)"
-        out = Table(title=title, caption=note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        notes = [] if np.isnan(error) else [f"m_accept ± {error:.3f} (standard error over sequences)"]
+        if self.left_out:
+            notes.append(f"sequences without room for a block, left out: {self.left_out}")
+        # Without padding and edges it fits the 80 columns of a pipe.
+        caption = "\n".join(notes) or None
+        out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         shown = self.cumulative[:K_REPORTED]
         for name in ("m_accept", *(f"k={n}" for n in range(1, len(shown) + 1)), "val_loss", "blocks"):
             out.add_column(name, justify="right", no_wrap=True)
@@ -135,20 +143,13 @@ def draw_anchors(eligible: Sequence[NDArray[np.int64]], anchors: int, seed: int)
 
 def eligible_anchors(sample: Sample, *, slots: int, anchor_range: tuple[int, int] | None) -> NDArray[np.int64]:
     """Positions of anchor_range (both ends included; None: all but the first) with a whole block behind them and,
-    where the sample has a loss mask, with the anchor and its successor in it. Raises DFlashError for none.
+    where the sample has a loss mask, with the anchor and its successor in it.
     """
     last = len(sample.tokens) - 1 - slots
     low, high = anchor_range if anchor_range is not None else (1, last)
     eligible = np.arange(max(low, 1), min(high, last) + 1)
     if sample.loss_mask is not None:
         eligible = eligible[sample.loss_mask[eligible] & sample.loss_mask[eligible + 1]]
-    if len(eligible) == 0:
-        where = "" if anchor_range is None else f", anchors in {low}..{high}"
-        masked = "" if sample.loss_mask is None else ", loss mask"
-        raise DFlashError(
-            f"{sample.name}: expected room for an anchor and a block of {slots} tokens after it, found none in "
-            f"{len(sample.tokens)} tokens{where}{masked}; leave out short sequences or change the anchor range"
-        )
     return eligible
 
 
@@ -179,7 +180,8 @@ def evaluate(
     anchors: blocks a sequence. anchor_range: first and last anchor position. seed: of `draw_anchors`.
     block_rows: rows the drafter runs, 2..block_size (None: the whole block, as in training); slots = rows - 1.
     on_progress: called with (sequences done, all) after each one.
-    Raises DFlashError for sequences shorter than a block, CapacityError for those longer than the context.
+    Sequences without room for a block are left out. Raises DFlashError where all are, and for logits that are no
+    numbers; CapacityError for sequences longer than the context.
     """
     rows = block_size if block_rows is None else block_rows
     if not 2 <= rows <= block_size:
@@ -187,19 +189,30 @@ def evaluate(
     check_anchors(anchors, anchor_range, seed)
     slots = rows - 1
     eligible = [eligible_anchors(s, slots=block_size - 1, anchor_range=anchor_range) for s in samples]
+    if not any(len(e) for e in eligible):
+        where = "" if anchor_range is None else f" in {anchor_range[0]}..{anchor_range[1]}"
+        raise DFlashError(
+            f"{samples[0].name if samples else 'samples'}: expected room for an anchor{where} and a block of "
+            f"{block_size - 1} tokens after it (in the loss mask, where there is one), found none in any of "
+            f"{len(samples)} sequences"
+        )
     chosen = draw_anchors(eligible, anchors, seed)  # of all sequences, before any work
     for sample, positions in zip(samples, chosen, strict=True):
-        if positions[-1] > session.n_ctx:
+        if len(positions) and positions[-1] > session.n_ctx:
             raise CapacityError(f"{sample.name}: expected at most n_ctx = {session.n_ctx} tokens before an anchor, "
                                 f"found {positions[-1]}; use a larger n_ctx")  # fmt: skip
     hits: list[NDArray[np.bool_]] = []
     losses: list[NDArray[np.float64]] = []
     for done, (sample, positions) in enumerate(zip(samples, chosen, strict=True), 1):
+        for end in range(PIECE, int(positions.max(initial=0)), PIECE):
+            session.draft_logits(sample.tokens[:end], int(sample.tokens[end]), slots, rows)
         for p in positions[::-1]:
             logits = session.draft_logits(sample.tokens[:p], int(sample.tokens[p]), slots, rows)
             own = sample.tokens[p + 1 : p + rows]
             hits.append(logits.argmax(axis=1) == own)
             losses.append(cross_entropy(logits, own))
+            if not np.isfinite(losses[-1]).all():
+                raise DFlashError(f"{sample.name}: the drafter's logits at position {p} are no finite numbers")
         if on_progress is not None:
             on_progress(done, len(samples))
     return Evaluation(
@@ -207,6 +220,7 @@ def evaluate(
         losses=np.array(losses),
         sequence=np.repeat(np.arange(len(samples)), [len(c) for c in chosen]),
         anchors=np.concatenate([c[::-1] for c in chosen]),
+        left_out=sum(len(c) == 0 for c in chosen),
     )
 
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise DFlashError("--drafter: expected the drafter to evaluate, found none")
     check_anchors(args.anchors, args.anchor_range, args.seed)
     if args.json is not None:
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, [args.target, args.drafter, *args.data])
     samples = load_samples(args, args.data, args.limit)
     if args.n_ctx is None:
         args.n_ctx = max(2, *(len(s.tokens) for s in samples))
