@@ -39,8 +39,12 @@ def test_taps_off_by_one_are_found(
 ) -> None:
     # A drafter file whose tap numbers are one too low: exactly what a wrong converter writes.
     wrong = rewrite_taps(nano_drafter_path, tmp_path / "wrong.gguf", -1)
-    assert main(["selftest", "--target", str(nano_path), "--drafter", str(wrong)]) == 1
+    args = ["selftest", "--target", str(nano_path), "--drafter", str(wrong), "--json", str(tmp_path / "r.json")]
+    assert main(args) == 1
     assert "one layer later" in capsys.readouterr().out
+    earlier = json.loads((tmp_path / "r.json").read_text())["variants"][1]
+    assert earlier["name"] == "taps one layer earlier"
+    assert "found -1" in earlier["problem"], "a layer that is not there has no taps: the drafter would read old memory"
 
 
 def test_a_large_target_is_loaded_once(

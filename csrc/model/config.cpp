@@ -213,9 +213,9 @@ void check_pair(const TargetConfig& target, const DrafterConfig& drafter) {
          drafter.mask_token_id, other);
   }
   for (const int layer : drafter.target_layers) {
-    if (layer > target.n_layer) {
-      fail(drafter.path, ": target_layers: at most ", target.n_layer, " (the target's last layer) expected, found ",
-           layer, other);
+    if (layer < 0 || layer > target.n_layer) {  // shifted ones too: no pass would write their taps
+      fail(drafter.path, ": target_layers: 0 to ", target.n_layer, " (the target's last layer) expected, found ", layer,
+           other);
     }
   }
 }

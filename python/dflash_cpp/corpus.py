@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +122,11 @@ def _as_array(values: Any) -> NDArray[Any]:
 def _read_npy(path: Path, n_vocab: int) -> Iterator[Sample]:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as e:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as e:  # the header is a Python literal
         raise DFlashError(f"data: {path}: expected a .npy file of integers: {e}") from e
     if not isinstance(rows, np.ndarray):
         raise DFlashError(f"data: {path}: expected a .npy file of one array, found a .npz archive")
-    if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
+    if rows.ndim not in (1, 2) or rows.dtype.kind not in "iu":
         raise DFlashError(f"data: {path}: expected integers [n, length], found {rows.dtype} {rows.shape}")
     for i, row in enumerate(rows if rows.ndim == 2 else rows[None]):
         yield _sample(f"{path}: row {i}", row, n_vocab)
@@ -138,10 +139,18 @@ def _read_shard(path: Path, n_vocab: int) -> Sample:
         with safe_open(str(path), framework="numpy") as shard:
             if "input_ids" not in shard.keys():  # noqa: SIM118 (not a mapping)
                 raise DFlashError(f"data: {path}: expected a tensor input_ids (a shard of dflash-cpp capture)")
-            mask = shard.get_tensor("loss_mask") if "loss_mask" in shard.keys() else None  # noqa: SIM118
-            return _sample(str(path), shard.get_tensor("input_ids"), n_vocab, mask)
+            mask = _tensor(shard, path, "loss_mask") if "loss_mask" in shard.keys() else None  # noqa: SIM118
+            return _sample(str(path), _tensor(shard, path, "input_ids"), n_vocab, mask)
     except SafetensorError as e:
         raise DFlashError(f"data: {path}: expected a safetensors file: {e}") from e
+
+
+def _tensor(shard: Any, path: Path, name: str) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = shard.get_tensor(name)
+    except (TypeError, AttributeError) as e:  # bfloat16, float8: numpy has neither
+        raise DFlashError(f"data: {path}: {name}: expected numbers of a type that numpy has: {e}") from e
+    return array
 
 
 def _read_jsonl(path: Path, vocabulary: _Vocabulary) -> Iterator[Sample]:
@@ -188,12 +197,19 @@ def _chat_sample(name: str, messages: list[Any], vocabulary: _Vocabulary) -> Sam
     return _text_sample(name, text, vocabulary, add_bos=False)  # the template writes it
 
 
-def check_writable(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises DFlashError where a file cannot be made: to be asked before the work whose result goes there."""
+def check_writable(
+    name: str, path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Raises DFlashError where a file cannot be made, or one of inputs would be overwritten: to be asked before the
+    work whose result goes there."""
     final = Path(path)
     folder = final.parent
     if final.is_dir():
         problem = "found a folder of that name"
+    elif any(i is not None and final.exists() and Path(i).exists() and final.samefile(i) for i in inputs):
+        problem = "it is one of the files to be read"
+    elif _is_device(final):
+        return
     elif not folder.is_dir():
         problem = f"the folder {folder} does not exist"
     elif not os.access(folder, os.W_OK):
@@ -204,13 +220,22 @@ def check_writable(name: str, path: str | os.PathLike[str]) -> None:
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
-    """One JSON document, whole or not at all."""
+    """One JSON document, whole or not at all; into a device or pipe as it comes."""
     final = Path(path)
     partial = final.with_name(final.name + ".partial")
+    text = json.dumps(value, indent=2) + "\n"
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if _is_device(final):
+            final.write_text(text, encoding="utf-8")
+            return
+        partial.write_text(text, encoding="utf-8")
         partial.replace(final)
     except OSError as e:
         raise DFlashError(f"{final}: cannot be written: {e}") from e
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """/dev/stdout, a named pipe: to be written to, not replaced by a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()

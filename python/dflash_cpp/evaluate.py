@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,12 @@ from rich.table import Table
 from . import _core
 from .corpus import Sample
 from .errors import CapacityError, DFlashError
+from .options import MAX_SEED
 
-K_REPORTED = 8
+K_REPORTED: Final = 8
+PUBLISHED_SEED: Final = 5  # of the anchors behind the published table, see docs/speculation.md
+BATCH: Final = 32  # sequences whose anchors are drawn by one call there
+PIECE: Final = 512  # tokens taken in by one call at most: Ctrl-C is heard between calls
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Evaluation:
     hits: bool [blocks, slots], whether the top-1 draft of each slot is the sequence's own token.
     losses: float [blocks, slots], -log of the probability the drafter gave that token, nats.
     sequence: int [blocks], the index of the sequence a block is from. anchors: int [blocks], the anchor's position.
+    left_out: sequences without room for a block.
     """
 
     hits: NDArray[np.bool_]
     losses: NDArray[np.float64]
     sequence: NDArray[np.int64]
     anchors: NDArray[np.int64]
+    left_out: int = 0
 
     @property
     def blocks(self) -> int:
@@ -80,6 +86,7 @@ class Evaluation:
             "val_loss": self.val_loss,
             "blocks": self.blocks,
             "sequences": len(np.unique(self.sequence)),
+            "sequences_left_out": self.left_out,
             "m_accept_standard_error": None if np.isnan(error) else error,
             "k_cumulative": list(self.cumulative),
         }
@@ -87,8 +94,12 @@ class Evaluation:
     def table(self, title: str = "acceptance") -> Table:
         """A rich table for people."""
         error = self.m_accept_error
-        note = None if np.isnan(error) else f"m_accept ± {error:.3f} (standard error over sequences)"
-        out = Table(title=title, caption=note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        notes = [] if np.isnan(error) else [f"m_accept ± {error:.3f} (standard error over sequences)"]
+        if self.left_out:
+            notes.append(f"sequences without room for a block, left out: {self.left_out}")
+        # Without padding and edges it fits the 80 columns of a pipe.
+        caption = "\n".join(notes) or None
+        out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         shown = self.cumulative[:K_REPORTED]
         for name in ("m_accept", *(f"k={n}" for n in range(1, len(shown) + 1)), "val_loss", "blocks"):
             out.add_column(name, justify="right", no_wrap=True)
@@ -96,35 +107,58 @@ class Evaluation:
         return out
 
 
-def choose_anchors(
-    sample: Sample, *, anchors: int, slots: int, anchor_range: tuple[int, int] | None, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Anchor positions of one sequence, ascending: one drawn from each of `anchors` equal parts of what is eligible.
+def philox(seed: int, counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x32-10, a counter-based random generator (Salmon et al., 2011).
 
-    Eligible: positions of anchor_range (both ends included; None: all but the first) with a whole block behind them
-    and, where the sample has a loss mask, with the anchor and its successor in it.
+    seed: the key, 64 bits. counters: [n, 4], words below 2**32. Returns 4 random words for each, [n, 4].
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counters.astype(np.uint64).T
+    key0, key1 = seed & low, seed >> 32
+    for _ in range(10):
+        x, y = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (y >> 32) ^ c1 ^ key0, y & low, (x >> 32) ^ c3 ^ key1, x & low
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return np.stack([c0, c1, c2, c3], axis=1)
+
+
+def draw_anchors(eligible: Sequence[NDArray[np.int64]], anchors: int, seed: int) -> list[NDArray[np.int64]]:
+    """Anchors of each sequence, ascending: `anchors` of its eligible positions, drawn with replacement.
+
+    All of them once where there are no more than `anchors`. These are the draws of torch.randint on a CUDA device with
+    a generator of that seed, called once for every BATCH sequences, as in the evaluation whose table is published:
+    element j of call b is the first word of Philox at counter (b, 0, j, 0), modulo the size of the range.
+    """
+    chosen = []
+    for s, positions in enumerate(eligible):
+        if len(positions) <= anchors:
+            chosen.append(positions)
+            continue
+        counters = np.zeros((anchors, 4), dtype=np.uint64)
+        counters[:, 0] = s // BATCH
+        counters[:, 2] = s % BATCH * anchors + np.arange(anchors)
+        chosen.append(np.sort(positions[philox(seed, counters)[:, 0] % len(positions)]))
+    return chosen
+
+
+def eligible_anchors(sample: Sample, *, slots: int, anchor_range: tuple[int, int] | None) -> NDArray[np.int64]:
+    """Positions of anchor_range (both ends included; None: all but the first) with a whole block behind them and,
+    where the sample has a loss mask, with the anchor and its successor in it.
     """
     last = len(sample.tokens) - 1 - slots
     low, high = anchor_range if anchor_range is not None else (1, last)
     eligible = np.arange(max(low, 1), min(high, last) + 1)
     if sample.loss_mask is not None:
         eligible = eligible[sample.loss_mask[eligible] & sample.loss_mask[eligible + 1]]
-    if len(eligible) == 0:
-        where = "" if anchor_range is None else f", anchors in {low}..{high}"
-        masked = "" if sample.loss_mask is None else ", loss mask"
-        raise DFlashError(
-            f"{sample.name}: expected room for an anchor and a block of {slots} tokens after it, found none in "
-            f"{len(sample.tokens)} tokens{where}{masked}; leave out short sequences or change the anchor range"
-        )
-    parts = np.array_split(eligible, min(anchors, len(eligible)))
-    return np.array([int(rng.choice(part)) for part in parts])
+    return eligible
 
 
 def check_anchors(anchors: int, anchor_range: tuple[int, int] | None, seed: int) -> None:
     """Raises DFlashError for values that `evaluate` does not take, whatever the drafter and the data."""
-    for name, value, least in (("anchors", anchors, 1), ("seed", seed, 0)):
-        if value < least:
-            raise DFlashError(f"{name}: expected a number of at least {least}, found {value}")
+    if anchors < 1:
+        raise DFlashError(f"anchors: expected a number of at least 1, found {anchors}")
+    if not 0 <= seed <= MAX_SEED:
+        raise DFlashError(f"seed: expected a number in 0..{MAX_SEED}, found {seed}")
     if anchor_range is not None and not 1 <= anchor_range[0] <= anchor_range[1]:
         raise DFlashError(f"anchor range: expected 1 <= first <= last, found {anchor_range[0]}:{anchor_range[1]}")
 
@@ -136,39 +170,49 @@ def evaluate(
     *,
     anchors: int = 6,
     anchor_range: tuple[int, int] | None = None,
-    seed: int = 0,
+    seed: int = PUBLISHED_SEED,
     block_rows: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a drafter on held-out sequences.
 
     session: of a model with a drafter of block_size rows; its timeline is replaced.
-    anchors: blocks a sequence. anchor_range: first and last anchor position. seed: of the anchors drawn.
+    anchors: blocks a sequence. anchor_range: first and last anchor position. seed: of `draw_anchors`.
     block_rows: rows the drafter runs, 2..block_size (None: the whole block, as in training); slots = rows - 1.
     on_progress: called with (sequences done, all) after each one.
-    Raises DFlashError for sequences shorter than a block, CapacityError for those longer than the context.
+    Sequences without room for a block are left out. Raises DFlashError where all are, and for logits that are no
+    numbers; CapacityError for sequences longer than the context.
     """
     rows = block_size if block_rows is None else block_rows
     if not 2 <= rows <= block_size:
         raise DFlashError(f"block_rows: expected a number in 2..{block_size} (the drafter's block), found {rows}")
     check_anchors(anchors, anchor_range, seed)
     slots = rows - 1
-    rng = np.random.default_rng(seed)
-    chosen = [  # of all sequences, before any work
-        choose_anchors(s, anchors=anchors, slots=block_size - 1, anchor_range=anchor_range, rng=rng) for s in samples
-    ]
+    eligible = [eligible_anchors(s, slots=block_size - 1, anchor_range=anchor_range) for s in samples]
+    if not any(len(e) for e in eligible):
+        where = "" if anchor_range is None else f" in {anchor_range[0]}..{anchor_range[1]}"
+        raise DFlashError(
+            f"{samples[0].name if samples else 'samples'}: expected room for an anchor{where} and a block of "
+            f"{block_size - 1} tokens after it (in the loss mask, where there is one), found none in any of "
+            f"{len(samples)} sequences"
+        )
+    chosen = draw_anchors(eligible, anchors, seed)  # of all sequences, before any work
     for sample, positions in zip(samples, chosen, strict=True):
-        if positions[-1] > session.n_ctx:
+        if len(positions) and positions[-1] > session.n_ctx:
             raise CapacityError(f"{sample.name}: expected at most n_ctx = {session.n_ctx} tokens before an anchor, "
                                 f"found {positions[-1]}; use a larger n_ctx")  # fmt: skip
     hits: list[NDArray[np.bool_]] = []
     losses: list[NDArray[np.float64]] = []
     for done, (sample, positions) in enumerate(zip(samples, chosen, strict=True), 1):
+        for end in range(PIECE, int(positions.max(initial=0)), PIECE):
+            session.draft_logits(sample.tokens[:end], int(sample.tokens[end]), slots, rows)
         for p in positions[::-1]:
             logits = session.draft_logits(sample.tokens[:p], int(sample.tokens[p]), slots, rows)
             own = sample.tokens[p + 1 : p + rows]
             hits.append(logits.argmax(axis=1) == own)
             losses.append(cross_entropy(logits, own))
+            if not np.isfinite(losses[-1]).all():
+                raise DFlashError(f"{sample.name}: the drafter's logits at position {p} are no finite numbers")
         if on_progress is not None:
             on_progress(done, len(samples))
     return Evaluation(
@@ -176,6 +220,7 @@ def evaluate(
         losses=np.array(losses),
         sequence=np.repeat(np.arange(len(samples)), [len(c) for c in chosen]),
         anchors=np.concatenate([c[::-1] for c in chosen]),
+        left_out=sum(len(c) == 0 for c in chosen),
     )
 
 

@@ -8,7 +8,7 @@ from .. import _core
 from ..chat import ChatTemplate
 from ..corpus import Sample, check_writable, read_corpus, write_json_atomically
 from ..errors import DFlashError
-from ..evaluate import check_anchors, evaluate
+from ..evaluate import PUBLISHED_SEED, check_anchors, evaluate
 from ..options import check_path
 from ..tokenizer import Tokenizer
 from . import common
@@ -30,7 +30,9 @@ def add(subparsers: common.Subparsers) -> None:
     parser.add_argument(
         "--anchor-range", type=anchor_range, metavar="LO:HI", help="positions of anchors (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the anchors (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=PUBLISHED_SEED, metavar="N", help="of the anchors (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="sequences to use (default: all)")
     parser.add_argument("--block-rows", type=int, metavar="N", help="rows of a block (default: as trained)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise DFlashError("--drafter: expected the drafter to evaluate, found none")
     check_anchors(args.anchors, args.anchor_range, args.seed)
     if args.json is not None:
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, [args.target, args.drafter, *args.data])
     samples = load_samples(args, args.data, args.limit)
     if args.n_ctx is None:
         args.n_ctx = max(2, *(len(s.tokens) for s in samples))

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.expect is not None and not 0 <= args.expect < math.inf:
         raise DFlashError(f"--expect: expected a number of accepted tokens, found {args.expect}")
     if args.json is not None:
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, [args.target, args.drafter, *(args.data or ())])
     samples, prompts = None, []
     if args.data is not None:
         samples = load_samples(args, args.data, args.limit)
