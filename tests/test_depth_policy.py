@@ -155,6 +155,38 @@ def test_what_looks_cost_besides_the_draft_makes_them_rarer(extra: Extra) -> Non
     assert looks(extra) < 0.5 * looks(Extra())
 
 
+def replay(policy: _core.DepthPolicy, plain: float, **told: float) -> bool:
+    """One round at known costs, a drafter that is always wrong: whether it was asked."""
+    source, n = policy.plan(SLOTS)
+    confidence = [0.5] * n
+    depth = policy.verify_depth(confidence) if n > 0 else 0
+    policy.observe(
+        source, verified=depth, accepted=0, confidence=confidence, draft_seconds=0.6 if n > 0 else 0.0,
+        verify_seconds=plain * (1.0 + 0.4 * depth), **told,
+    )  # fmt: skip
+    if n > depth == 0:
+        policy.observe_unverified(0, 0.5, False)
+    return source == "dflash"
+
+
+def test_the_second_look_waits_for_what_it_will_cost_itself() -> None:
+    # The first look's tokens came with the prompt; a later one's are taken in for it.
+    def second_look(ingest: float) -> int:
+        policy = _core.DepthPolicy(list(moe(0.75)), 0.6)
+        looks = [replay(policy, 1.0, ingested=100, ingest_seconds=100 * ingest)]
+        while sum(looks) < 2:
+            looks.append(replay(policy, 1.0))
+        return len(looks)
+
+    assert second_look(0.05) > 1.5 * second_look(1e-6)
+
+
+def test_a_parked_policy_does_not_draft_because_the_machine_became_slow() -> None:
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.1)
+    asked = [replay(policy, 1.0 if i < 400 or i % 200 > 100 else 4.0) for i in range(2000)]
+    assert 1 <= sum(asked[400:]) <= 30
+
+
 def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
     noise = Noise(load=lambda i: 2.0 if 300 <= i < 450 else 1.0)
     run = simulate([(Text(ACCEPTANCE["strong"]), 900)], moe(0.66), 0.1, seed=3, noise=noise)
