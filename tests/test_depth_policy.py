@@ -65,7 +65,7 @@ def test_costs_of_another_shape(informative: float) -> None:
     cells = []
     for acceptance, verify, draft in ODD_GRID:
         text = Text(ACCEPTANCE[acceptance], informative=informative)
-        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(5)]
         loss, regret = np.median([settled(r) for r in runs], axis=0)
         cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
     check(cells, LOSS, 0.08)

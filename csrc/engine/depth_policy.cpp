@@ -202,6 +202,7 @@ constexpr int kAwake = 32;                 // tokens before a look that the draf
 constexpr double kHint = 3.0;              // evidence that drafts stand more often, at which the next look is due
 constexpr double kFirstYardstick = 8;      // rounds on which drafting is believed without a look at plain decoding ...
 constexpr double kLongestYardstick = 64;   // ... doubled as long as it is borne out
+constexpr double kDueSooner = 4;           // where the machine seems to have changed, so many times more of them
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
@@ -368,10 +369,12 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     parked_ = false;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
-    if (verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
+    if (since_plain_ > rounds / kDueSooner && verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
     if (yardstick_left_ > 0) return {};
     if (since_plain_ > std::clamp(rounds, kFirstYardstick, trusted_)) {
       yardstick_left_ = kYardstickRounds;
+      // Plain decoding may have been measured while the machine was slow, and the looks that promised so much after it.
+      if (trusted_ == kFirstYardstick) verify_.measure_yardstick_afresh();
       trusted_ = std::min(2.0 * trusted_, kLongestYardstick);
       return {};
     }

@@ -70,6 +70,7 @@ class CostTable {
     yardstick_due_ = false;
     return due;
   }
+  void measure_yardstick_afresh() { yardstick_afresh_ = true; }  // forget what it was before
 
  private:
   void follow(size_t index, double surprise);
