@@ -187,6 +187,26 @@ def test_a_parked_policy_does_not_draft_because_the_machine_became_slow() -> Non
     assert 1 <= sum(asked[400:]) <= 30
 
 
+def test_plain_decoding_that_was_slow_just_before_drafting_is_measured_afresh() -> None:
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.6)
+    asked: list[bool] = []
+    for i in range(1000):
+        source, n = policy.plan(SLOTS)
+        asked.append(source == "dflash")
+        confidence = ([0.9] + [0.05] * SLOTS)[:n]
+        depth = policy.verify_depth(confidence) if n > 0 else 0
+        accepted = min(depth, 1) if i >= 60 else 0  # then one draft stands, which gains nothing: 2 tokens for 0.6 + 1.4
+        slow = i >= 60 and not any(asked[60:])  # until the first look at one
+        policy.observe(
+            source, verified=depth, accepted=accepted, confidence=confidence, draft_seconds=0.6 * (n > 0),
+            verify_seconds=1.0 + 0.4 * depth + slow,
+        )  # fmt: skip
+        for slot in range(accepted, min(n, 2)) if accepted == depth else ():
+            policy.observe_unverified(slot, confidence[slot], slot < 1 and i >= 60)
+    began = asked.index(True, 60)
+    assert sum(asked[began : began + 100]) < 20
+
+
 def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
     noise = Noise(load=lambda i: 2.0 if 300 <= i < 450 else 1.0)
     run = simulate([(Text(ACCEPTANCE["strong"]), 900)], moe(0.66), 0.1, seed=3, noise=noise)
