@@ -13,7 +13,9 @@ token over the arm's; behind it half the 95% interval that rounds drawn anew (bo
 Arms: plain (depth 0), alone (the target loaded without a drafter: its own threads and weights, so compare it in long
 turns, --turn 40), 1, 2, ... (that depth), auto, auto-no-lookup. Every text has new sessions (where their memory lies is
 worth some tenths of a percent, too), which first write it --warm-up times untimed, so that the policy has settled as in
-a long conversation. With --fresh every round has new ones instead, which have learned nothing yet.
+a long conversation. With --fresh every round has new ones instead, which have learned nothing yet: the first answer
+of an Engine. With --keep one session of each arm writes all texts one after the other, as an Engine given one unrelated
+prompt after another does.
 
 Turns of 6 tokens hold few steps that commit several: for fixed depths take longer ones, --turn 24.
 Interleaved sessions share caches: what a drafter run pushed out is paid by the rest of its turn and then by the others.
@@ -104,25 +106,16 @@ class Arm:
         self.done["drafter_runs"] += sign * sum(t["calls"] for t in stats["draft_by_count"])
 
 
-def run_text(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace) -> dict[str, NDArray[np.float64]]:
-    """Seconds a token of each round, by arm."""
-    rounds: dict[str, list[list[Step]]] = {arm.name: [] for arm in arms}
-    rng = random.Random(args.seed)
-    for r in range(-args.warm_up, args.rounds):
-        for arm in arms:
-            if args.fresh or r == -args.warm_up:
-                arm.open()
-            arm.begin(prompt, args)
-        # The first turn is cut short by chance: which steps are timed must not follow from where a session does what.
-        first = 1 + rng.randint(1, args.turn)
-        for end in [*range(first, args.tokens, args.turn), args.tokens]:
-            for arm in rng.sample(arms, len(arms)):
-                arm.take_turn(end, at_least=1 if end == first else COLD + 1)
-        for arm in arms:
-            steps = arm.end()
-            if r >= 0:
-                rounds[arm.name].append(steps)
-    return {name: seconds(steps) for name, steps in rounds.items()}
+def run_round(arms: list[Arm], prompt: Sequence[int], args: argparse.Namespace, rng: random.Random) -> list[list[Step]]:
+    """All arms write the text once, in turns: the timed steps of each."""
+    for arm in arms:
+        arm.begin(prompt, args)
+    # The first turn is cut short by chance: which steps are timed must not follow from where a session does what.
+    first = 1 + rng.randint(1, args.turn)
+    for end in [*range(first, args.tokens, args.turn), args.tokens]:
+        for arm in rng.sample(arms, len(arms)):
+            arm.take_turn(end, at_least=1 if end == first else COLD + 1)
+    return [arm.end() for arm in arms]
 
 
 def seconds(rounds: list[list[Step]]) -> NDArray[np.float64]:
@@ -163,7 +156,9 @@ def main() -> None:
     parser.add_argument(
         "--turn", type=int, default=1, help=f"tokens (1); of more than {COLD} the first {COLD} are not timed"
     )
-    parser.add_argument("--fresh", action="store_true", help="a new session for every round")
+    sessions = parser.add_mutually_exclusive_group()
+    sessions.add_argument("--fresh", action="store_true", help="a new session for every text and round")
+    sessions.add_argument("--keep", action="store_true", help="the same sessions for all texts, one after the other")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
@@ -190,8 +185,22 @@ def main() -> None:
     print(f"{'text':<6}{'us/token':>9}" + "".join(f"{name:>18}" for name in others))
     results: list[dict[str, Any]] = []
     pooled: dict[str, list[NDArray[np.float64]]] = {arm.name: [] for arm in arms}
-    for i in chosen:
-        found = run_text(arms, samples[i].tokens[: args.prompt_tokens].tolist(), args)
+    rng = random.Random(args.seed)
+    rounds = range(-args.warm_up, args.rounds)
+    order = [(i, r) for r in rounds for i in chosen] if args.keep else [(i, r) for i in chosen for r in rounds]
+    written: dict[int, dict[str, list[list[Step]]]] = {i: {arm.name: [] for arm in arms} for i in chosen}
+    for i, r in order:
+        if args.fresh or (i, r) == order[0] or (r == rounds[0] and not args.keep):
+            for arm in arms:
+                arm.open()
+        steps = run_round(arms, samples[i].tokens[: args.prompt_tokens].tolist(), args, rng)
+        if r < 0:
+            continue
+        for arm, of_arm in zip(arms, steps, strict=True):
+            written[i][arm.name].append(of_arm)
+        if r != rounds[-1]:
+            continue
+        found = {name: seconds(s) for name, s in written[i].items()}
         row, unit = speeds(found), float(found[names[0]].mean())
         for name, s in found.items():
             pooled[name].append(s / unit)

@@ -65,7 +65,7 @@ def test_costs_of_another_shape(informative: float) -> None:
     cells = []
     for acceptance, verify, draft in ODD_GRID:
         text = Text(ACCEPTANCE[acceptance], informative=informative)
-        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(3)]
+        runs = [simulate([(text, SETTLED + MEASURED)], VERIFY[verify], draft, seed=s) for s in range(5)]
         loss, regret = np.median([settled(r) for r in runs], axis=0)
         cells.append((f"{acceptance}, {verify}, draft {draft}", float(loss), float(regret)))
     check(cells, LOSS, 0.08)
@@ -153,6 +153,58 @@ def test_what_looks_cost_besides_the_draft_makes_them_rarer(extra: Extra) -> Non
         )
 
     assert looks(extra) < 0.5 * looks(Extra())
+
+
+def replay(policy: _core.DepthPolicy, plain: float, **told: float) -> bool:
+    """One round at known costs, a drafter that is always wrong: whether it was asked."""
+    source, n = policy.plan(SLOTS)
+    confidence = [0.5] * n
+    depth = policy.verify_depth(confidence) if n > 0 else 0
+    policy.observe(
+        source, verified=depth, accepted=0, confidence=confidence, draft_seconds=0.6 if n > 0 else 0.0,
+        verify_seconds=plain * (1.0 + 0.4 * depth), **told,
+    )  # fmt: skip
+    if n > depth == 0:
+        policy.observe_unverified(0, 0.5, False)
+    return source == "dflash"
+
+
+def test_the_second_look_waits_for_what_it_will_cost_itself() -> None:
+    # The first look's tokens came with the prompt; a later one's are taken in for it.
+    def second_look(ingest: float) -> int:
+        policy = _core.DepthPolicy(list(moe(0.75)), 0.6)
+        looks = [replay(policy, 1.0, ingested=100, ingest_seconds=100 * ingest)]
+        while sum(looks) < 2:
+            looks.append(replay(policy, 1.0))
+        return len(looks)
+
+    assert second_look(0.05) > 1.5 * second_look(1e-6)
+
+
+def test_a_parked_policy_does_not_draft_because_the_machine_became_slow() -> None:
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.1)
+    asked = [replay(policy, 1.0 if i < 400 or i % 200 > 100 else 4.0) for i in range(2000)]
+    assert 1 <= sum(asked[400:]) <= 30
+
+
+def test_plain_decoding_that_was_slow_just_before_drafting_is_measured_afresh() -> None:
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.6)
+    asked: list[bool] = []
+    for i in range(1000):
+        source, n = policy.plan(SLOTS)
+        asked.append(source == "dflash")
+        confidence = ([0.9] + [0.05] * SLOTS)[:n]
+        depth = policy.verify_depth(confidence) if n > 0 else 0
+        accepted = min(depth, 1) if i >= 60 else 0  # then one draft stands, which gains nothing: 2 tokens for 0.6 + 1.4
+        slow = i >= 60 and not any(asked[60:])  # until the first look at one
+        policy.observe(
+            source, verified=depth, accepted=accepted, confidence=confidence, draft_seconds=0.6 * (n > 0),
+            verify_seconds=1.0 + 0.4 * depth + slow,
+        )  # fmt: skip
+        for slot in range(accepted, min(n, 2)) if accepted == depth else ():
+            policy.observe_unverified(slot, confidence[slot], slot < 1 and i >= 60)
+    began = asked.index(True, 60)
+    assert sum(asked[began : began + 100]) < 20
 
 
 def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:

@@ -189,7 +189,7 @@ constexpr double kFirstLooks = 0.55;    // plain rounds for looks at that share 
 constexpr int kMostFirstLooks = 4;      // ... and so many of them at most
 constexpr double kDoubt = 0.25;         // standard errors that a look is taken to lose beyond what is expected ...
 constexpr double kMostDoubt = 0.1;      // ... of no more than this
-constexpr int kAskParked = 8;           // plain rounds between two estimates without news of drafts ...
+constexpr int kAskParked = 32;          // plain rounds between two estimates without news of drafts ...
 constexpr int kAskDrafting = 4;         // ... and drafted ones, unless they contradict the estimate
 constexpr double kCopyMargin = 1.03;    // lookup must promise this much
 constexpr double kGoodCopy = 0.75;      // acceptance of lookup's tokens that is worth a look ...
@@ -202,6 +202,7 @@ constexpr int kAwake = 32;                 // tokens before a look that the draf
 constexpr double kHint = 3.0;              // evidence that drafts stand more often, at which the next look is due
 constexpr double kFirstYardstick = 8;      // rounds on which drafting is believed without a look at plain decoding ...
 constexpr double kLongestYardstick = 64;   // ... doubled as long as it is borne out
+constexpr double kDueSooner = 4;           // where the machine seems to have changed, so many times more of them
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
@@ -340,8 +341,12 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   if (max_depth < 1 || verify_.count(0) < kWarmUp) return {};
   const double plain = 1.0 / verify_cost(1);
   const bool known = has_drafter && !replay_.empty();
-  if (known) estimate(max_depth);
-  Choice draft = known ? estimate_ : Choice{};
+  Choice draft;
+  if (known) {
+    estimate(max_depth);
+    draft = estimate_;
+    draft.rate = plain * (1.0 + gain_);  // where plain decoding has become slower since, so has drafting
+  }
   Choice lookup;
   if (lookup_match > 0) lookup = best_lookup(lookup_match, std::min(max_depth, lookup_tokens));
   rate_ = std::max({plain, draft.rate, lookup.rate});
@@ -359,16 +364,17 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
   }
   if (!has_drafter) return {};
   if (!known) return {DraftSource::dflash, std::min(kLookSlots, max_depth)};
-  const double gain = draft.rate / plain - 1.0;
-  if (gain > std::clamp(kSure * error_, kLeastMargin, kMostMargin)) {
+  if (gain_ > std::clamp(kSure * error_, kLeastMargin, kMostMargin)) {
     if (parked_) trusted_ = kFirstYardstick;
     parked_ = false;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
-    if (verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
+    if (since_plain_ > rounds / kDueSooner && verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
     if (yardstick_left_ > 0) return {};
     if (since_plain_ > std::clamp(rounds, kFirstYardstick, trusted_)) {
       yardstick_left_ = kYardstickRounds;
+      // Plain decoding may have been measured while the machine was slow, and the looks that promised so much after it.
+      if (trusted_ == kFirstYardstick) verify_.measure_yardstick_afresh();
       trusted_ = std::min(2.0 * trusted_, kLongestYardstick);
       return {};
     }
@@ -389,8 +395,8 @@ void DepthPolicy::estimate(int max_depth) {
   estimated_depth_ = max_depth;
   estimate_ = best_draft(max_depth);
   error_ = relative_error(estimate_);
-  const double gain = estimate_.rate * verify_cost(1) - 1.0;
-  const double upside = mean_of_positive_part(gain, error_);
+  gain_ = estimate_.rate * verify_cost(1) - 1.0;
+  const double upside = mean_of_positive_part(gain_, error_);
   const bool early = drafted_rounds_ < kMostFirstLooks && drafted_rounds_ * draft_prior_ < kFirstLooks;
   look_share_ = early ? kMostShare : std::clamp(kUpsideShare * upside, kLeastShare, kMostShare);
 }
@@ -419,16 +425,17 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   return depth;
 }
 
-// What a look is expected to have cost beyond its tokens: the draft, what the drafter had to hear first, the pass, and
-// the caches that it left cold. (What it heard beyond kAwake tokens is the price of not sleeping.) Luck does not count,
-// or a lucky stretch would pay for looks that lose; nor do good estimates: a part of the doubt is paid for as well.
+// What a look like this one is expected to cost beyond its tokens: the draft, the kAwake tokens that a drafter hears
+// before its next look (the first look's came with the prompt), the pass, and the caches left cold. Luck does not
+// count, or a lucky stretch would pay for looks that lose; nor do good estimates: a part of the doubt is paid for as
+// well.
 void DepthPolicy::charge(const RoundOutcome& o) {
   double tokens = 1.0, reach = 1.0;
   for (int i = 0; i < o.verified; ++i) {
     reach *= calibration_.acceptance(i, replay_.front().log_odds[static_cast<size_t>(i)]);
     tokens += reach;
   }
-  const double heard = std::min(o.ingested, kAwake) * ingest_cost();
+  const double heard = kAwake * ingest_cost();
   const double seconds = draft_cost(o.drafted) + heard + verify_cost(o.verified + 1) + settling_cost();
   const double rounds = seconds / verify_cost(1);
   const double doubt = kDoubt * std::min(error_, kMostDoubt) * rounds;

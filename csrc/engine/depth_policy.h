@@ -70,6 +70,7 @@ class CostTable {
     yardstick_due_ = false;
     return due;
   }
+  void measure_yardstick_afresh() { yardstick_afresh_ = true; }  // forget what it was before
 
  private:
   void follow(size_t index, double surprise);
@@ -158,7 +159,8 @@ class DepthPolicy {
   std::vector<double> reach_;   // [replay_, max_depth] the chance that a slot and all before it stand
   std::array<double, kLookupBuckets> lookup_acceptance_;
   Choice estimate_;          // of drafting
-  double error_ = 0.0;       // standard error of its speed against plain decoding
+  double gain_ = -1.0;       // its speed over plain decoding, less one
+  double error_ = 0.0;       // standard error of that
   int estimate_age_ = 0;     // plans since
   int estimated_depth_ = 0;  // for at most so many drafts
   double look_share_ = 0.0;  // of the time, that looks may cost by that estimate
