@@ -35,8 +35,8 @@ __device__ inline void copy_groups(uint8_t* lds, const TileView<F>& tile, Span s
   }
 }
 
-// What the wave's groups add to the lane's output for each row; x begins with the first of them. All: there are
-// kGroups.
+// What the wave's groups add to the lane's output for each row; x begins with the first of them. One copy of the code for
+// any number of groups: a layer's kernels together should stay within the 128 KB of instructions a multiprocessor keeps.
 template <typename F, int Rows, bool All>
 __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows& x,
                                   typename F::Term (&terms)[Rows][kGroups]) {
@@ -64,8 +64,8 @@ __device__ inline void add_terms(const typename F::Term (&terms)[Rows][kGroups],
   }
 }
 
-// Shared: two waves to a segment, one tile a block; else two tiles.
-template <typename F, int Rows, bool Norm, bool Shared>
+// Shared: two waves to a segment, one tile a block; else two tiles. All: every wave has kGroups groups.
+template <typename F, int Rows, bool Norm, bool Shared, bool All>
 __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
     matmul_resident_kernel(OutList list, FewInput in, bool add) {
   DFLASH_DYNAMIC_SHARED(lds);
@@ -105,34 +105,19 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   }
   Partial<Rows>& sum = partial[Shared ? 0 : half];
   float acc[Rows] = {};
-  auto multiply = [&](auto part) {
-    if (span.g1 - span.g0 == kGroups) {
-      part(std::true_type{});
-    } else {
-      part(std::false_type{});
-    }
-  };
+  const int mine = span.g1 - span.g0;
   typename F::Term terms[Rows][kGroups];
-  auto make = [&](auto all) { make_terms<F, Rows, decltype(all)::value>(weights, span.g1 - span.g0, x, terms); };
-  auto add_up = [&](auto all) {
-    add_terms<F, Rows, decltype(all)::value>(terms, span.g1 - span.g0, acc);
+  make_terms<F, Rows, All>(weights, mine, x, terms);
+#pragma unroll 1
+  for (int turn = 0; turn < (Shared ? 2 : 1); ++turn) {  // the second wave goes on where the first one ended
+    if (!Shared || half == turn) {
 #pragma unroll
-    for (int r = 0; r < Rows; ++r) sum[segment][r][gpu::lane()] = acc[r];
-  };
-  auto make_and_add_up = [&](auto all) {
-    make(all);
-    add_up(all);
-  };
-  if constexpr (Shared) {  // the second wave goes on where the first one ended
-    half == 0 ? multiply(make_and_add_up) : multiply(make);
-    __syncthreads();
-    if (half == 1) {
+      for (int r = 0; turn > 0 && r < Rows; ++r) acc[r] = sum[segment][r][gpu::lane()];
+      add_terms<F, Rows, All>(terms, mine, acc);
 #pragma unroll
-      for (int r = 0; r < Rows; ++r) acc[r] = sum[segment][r][gpu::lane()];
-      multiply(add_up);
+      for (int r = 0; r < Rows; ++r) sum[segment][r][gpu::lane()] = acc[r];
     }
-  } else {
-    multiply(make_and_add_up);
+    if (Shared && turn == 0) __syncthreads();
   }
   __syncthreads();
   if (!stores) return;
@@ -174,6 +159,7 @@ bool launch_resident([[maybe_unused]] gpu::Stream s, DType type, const OutList& 
   if (!resident_fits(type, list, in.rows, in.norm.x != nullptr)) return false;
   if constexpr (gpu::kStaged) {
     const bool shared = shares(list), norm = in.norm.x != nullptr;
+    const bool all = list.out[0].w.groups == kSegments * kGroups * (shared ? 2 : 1);
     with_format(type, [&](auto format) {
       using F = decltype(format);
       auto run = [&](auto kernel) {
@@ -183,14 +169,18 @@ bool launch_resident([[maybe_unused]] gpu::Stream s, DType type, const OutList& 
       };
       auto of_rows = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
+        auto of_kind = [&](auto is_shared, auto is_all) {
+          constexpr bool kShared = decltype(is_shared)::value, kAll = decltype(is_all)::value;
+          norm ? run(matmul_resident_kernel<F, kRows, true, kShared, kAll>)
+               : run(matmul_resident_kernel<F, kRows, false, kShared, kAll>);
+        };
+        auto of_shared = [&](auto is_shared) {
+          all ? of_kind(is_shared, std::true_type{}) : of_kind(is_shared, std::false_type{});
+        };
         if constexpr (kRows <= kMostShared) {
-          if (shared && norm) return run(matmul_resident_kernel<F, kRows, true, true>);
-          if (shared) return run(matmul_resident_kernel<F, kRows, false, true>);
+          if (shared) return of_shared(std::true_type{});
         }
-        if constexpr (kRows > 1) {
-          norm ? run(matmul_resident_kernel<F, kRows, true, false>)
-               : run(matmul_resident_kernel<F, kRows, false, false>);
-        }
+        if constexpr (kRows > 1) of_shared(std::false_type{});
       };
       switch (in.rows) {
         case 1:
