@@ -76,6 +76,7 @@ struct PostedActs {
     const int lane = gpu::lane(), part = lane % kGroupWords;
     uint32_t* const q = reinterpret_cast<uint32_t*>(lds);
     GroupScale* const scale = reinterpret_cast<GroupScale*>(lds + act_stride(groups));
+#pragma unroll 1
     for (int g = 0; g < groups; g += kGroups) {
       if (g > 0) ask(first + g, groups - g);
       if (lane < at_a_time(groups - g)) {
@@ -89,6 +90,7 @@ struct PostedActs {
       }
     }
     gpu::wave_sync();
+#pragma unroll 1
     for (int g = lane; g < groups; g += gpu::kWave) {
       int sum = 0;
 #pragma unroll
@@ -224,6 +226,7 @@ __global__ void DFLASH_REGISTERS(96)
   __syncthreads();
   // A job's sum in place of its first segment's.
   const int segments = segment_count(w.down.groups);
+#pragma unroll 1
   for (int i = wave; i < share.jobs; i += kRowWaves) {
     const float sum = add_segments<1>(down_sums[i], segments, 0, lane);
     down_sums[i][0][0][lane] = sum;

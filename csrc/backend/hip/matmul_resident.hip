@@ -35,15 +35,15 @@ __device__ inline void copy_groups(uint8_t* lds, const TileView<F>& tile, Span s
   }
 }
 
-// What the wave's groups add to the lane's output for each row; x begins with the first of them. One copy of the code for
-// any number of groups: a layer's kernels together should stay within the 128 KB of instructions a multiprocessor keeps.
-template <typename F, int Rows, bool All>
+// What the wave's groups add to the lane's output for each row; x begins with the first of them. A branch a group: one row
+// loses 1% of a step where full segments have code of their own.
+template <typename F, int Rows>
 __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows& x,
                                   typename F::Term (&terms)[Rows][kGroups]) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(lds + kGroups * F::kQuantBytes);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    if (!All && g >= groups) break;
+    if (g >= groups) break;
     const typename F::Block block =
         F::unpack(F::load(lds + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), 0, gpu::lane()));
 #pragma unroll
@@ -54,18 +54,18 @@ __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows&
   }
 }
 
-template <typename F, int Rows, bool All>
+template <typename F, int Rows>
 __device__ inline void add_terms(const typename F::Term (&terms)[Rows][kGroups], int groups, float (&acc)[Rows]) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    if (!All && g >= groups) break;
+    if (g >= groups) break;
 #pragma unroll
     for (int r = 0; r < Rows; ++r) acc[r] = hip::add(terms[r][g], acc[r]);
   }
 }
 
-// Shared: two waves to a segment, one tile a block; else two tiles. All: every wave has kGroups groups.
-template <typename F, int Rows, bool Norm, bool Shared, bool All>
+// Shared: two waves to a segment, one tile a block; else two tiles.
+template <typename F, int Rows, bool Norm, bool Shared>
 __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
     matmul_resident_kernel(OutList list, FewInput in, bool add) {
   DFLASH_DYNAMIC_SHARED(lds);
@@ -107,13 +107,13 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   float acc[Rows] = {};
   const int mine = span.g1 - span.g0;
   typename F::Term terms[Rows][kGroups];
-  make_terms<F, Rows, All>(weights, mine, x, terms);
+  make_terms<F, Rows>(weights, mine, x, terms);
 #pragma unroll 1
   for (int turn = 0; turn < (Shared ? 2 : 1); ++turn) {  // the second wave goes on where the first one ended
     if (!Shared || half == turn) {
 #pragma unroll
       for (int r = 0; turn > 0 && r < Rows; ++r) acc[r] = sum[segment][r][gpu::lane()];
-      add_terms<F, Rows, All>(terms, mine, acc);
+      add_terms<F, Rows>(terms, mine, acc);
 #pragma unroll
       for (int r = 0; r < Rows; ++r) sum[segment][r][gpu::lane()] = acc[r];
     }
@@ -159,7 +159,6 @@ bool launch_resident([[maybe_unused]] gpu::Stream s, DType type, const OutList& 
   if (!resident_fits(type, list, in.rows, in.norm.x != nullptr)) return false;
   if constexpr (gpu::kStaged) {
     const bool shared = shares(list), norm = in.norm.x != nullptr;
-    const bool all = list.out[0].w.groups == kSegments * kGroups * (shared ? 2 : 1);
     with_format(type, [&](auto format) {
       using F = decltype(format);
       auto run = [&](auto kernel) {
@@ -169,13 +168,10 @@ bool launch_resident([[maybe_unused]] gpu::Stream s, DType type, const OutList& 
       };
       auto of_rows = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        auto of_kind = [&](auto is_shared, auto is_all) {
-          constexpr bool kShared = decltype(is_shared)::value, kAll = decltype(is_all)::value;
-          norm ? run(matmul_resident_kernel<F, kRows, true, kShared, kAll>)
-               : run(matmul_resident_kernel<F, kRows, false, kShared, kAll>);
-        };
         auto of_shared = [&](auto is_shared) {
-          all ? of_kind(is_shared, std::true_type{}) : of_kind(is_shared, std::false_type{});
+          constexpr bool kShared = decltype(is_shared)::value;
+          norm ? run(matmul_resident_kernel<F, kRows, true, kShared>)
+               : run(matmul_resident_kernel<F, kRows, false, kShared>);
         };
         if constexpr (kRows <= kMostShared) {
           if (shared) return of_shared(std::true_type{});
