@@ -23,11 +23,13 @@ constexpr int kGroupWords = 3;  // of a group of activations
 template <typename F>
 constexpr int kRowSlots = 6 / kChunk<F>;
 
-// What a block makes: pairs of a gate and an up tile first, first + step, ... of all experts; and of down columns
-// column .. end - 1, at most kTile at a time. Waves 0..7 make gate, 8..15 up; of down every other slot.
+// What a block makes: pairs of a gate and an up tile first, first + step, ... of all experts (waves 0..7 gate, 8..15
+// up); then down columns column .. end - 1 in jobs, each kTile columns at most of one expert: waves 0..7 the
+// even, 8..15 the odd ones.
 struct Share {
   int first, step, pairs;
   int column, end;
+  int jobs;  // top_k for each kTile columns
 };
 
 // A wave's segment of its block's tiles.
@@ -35,40 +37,25 @@ template <typename F>
 struct RowTasks {
   const ExpertTiles& w;
   const int* chosen;  // [top_k] experts, in shared memory
+  const Share& share;
   Span in, ff;
-  int half, top_k;
-  int pair, step, pairs;
-  int slot, column, end;
+  int top_k, half, pair, job;
 
-  __device__ RowTasks(const ExpertTiles& tiles, const int* experts, const Share& share, int k, int h, Span input,
+  __device__ RowTasks(const ExpertTiles& tiles, const int* experts, const Share& s, int k, int h, Span input,
                       Span inner)
-      : w(tiles),
-        chosen(experts),
-        in(input),
-        ff(inner),
-        half(h),
-        top_k(k),
-        pair(share.first),
-        step(share.step),
-        pairs(share.pairs),
-        slot(h),
-        column(share.column),
-        end(h < k ? share.end : 0) {}
+      : w(tiles), chosen(experts), share(s), in(input), ff(inner), top_k(k), half(h), pair(s.first), job(h) {}
 
   __device__ inline bool next(Run<F>& run) {
-    if (pair < pairs) {
-      const int s = pair / w.gate.tiles;
-      run.set(TileView<F>(half == 0 ? w.gate : w.up, chosen[s], pair - s * w.gate.tiles), in);
-      pair += step;
+    if (pair < share.pairs) {
+      const int slot = pair / w.gate.tiles;
+      run.set(TileView<F>(half == 0 ? w.gate : w.up, chosen[slot], pair - slot * w.gate.tiles), in);
+      pair += share.step;
       return true;
     }
-    if (column >= end) return false;
-    run.set_columns(w.down, chosen[slot], column, end, ff);
-    slot += 2;
-    if (slot >= top_k) {
-      slot = half;
-      column += kTile;
-    }
+    if (job >= share.jobs) return false;
+    const int part = job / top_k;
+    run.set_columns(w.down, chosen[job - part * top_k], share.column + part * kTile, share.end, ff);
+    job += 2;
     return true;
   }
 };
@@ -89,6 +76,7 @@ struct PostedActs {
     const int lane = gpu::lane(), part = lane % kGroupWords;
     uint32_t* const q = reinterpret_cast<uint32_t*>(lds);
     GroupScale* const scale = reinterpret_cast<GroupScale*>(lds + act_stride(groups));
+#pragma unroll 1
     for (int g = 0; g < groups; g += kGroups) {
       if (g > 0) ask(first + g, groups - g);
       if (lane < at_a_time(groups - g)) {
@@ -102,6 +90,7 @@ struct PostedActs {
       }
     }
     gpu::wave_sync();
+#pragma unroll 1
     for (int g = lane; g < groups; g += gpu::kWave) {
       int sum = 0;
 #pragma unroll
@@ -142,99 +131,113 @@ __global__ void DFLASH_REGISTERS(96)
   __shared__ float weights[gpu::kWave];  // of the slots
   __shared__ uint32_t launch;            // its number
   __shared__ int chosen[gpu::kWave];     // experts
+  __shared__ uint32_t keys[kMaxExperts];
+  __shared__ float logits[kMaxExperts];
   constexpr int kSlots = kRowSlots<F>;
   const int wave = gpu::wave(), lane = gpu::lane(), half = wave / kSegments, segment = wave % kSegments;
   const int top_k = choice.top_k, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  const Share share = {block, blocks, top_k * w.gate.tiles, block * per_block,
-                       min((block + 1) * per_block, w.down.tiles * kTile)};
+  const int column = block * per_block, end = min(column + per_block, w.down.tiles * kTile);
+  const int parts = (end - column + kTile - 1) / kTile;
+  const Share share = {block, blocks, top_k * w.gate.tiles, column, end, parts * top_k};
   const Span in = segment_span(segment, w.gate.groups), ff = segment_span(segment, w.down.groups);
-  Partial<1>* const down_sums = reinterpret_cast<Partial<1>*>(memory.ring(lds, kRowWaves));  // [top_k]
+  Partial<1>* const down_sums = reinterpret_cast<Partial<1>*>(memory.ring(lds, kRowWaves));  // [jobs]
   const bool chooses = wave == 0, numbers = threadIdx.x == kRowThreads - 1;
-  float bias[kExpertsPerLane] = {}, logit[kExpertsPerLane] = {};
-  if (chooses) load_experts(choice.bias, choice.n_expert, bias);
+  const int expert = static_cast<int>(threadIdx.x);
+  const bool scores = expert < choice.n_expert;
+  const float bias = scores && choice.bias != nullptr ? choice.bias[expert] : 0.0f;
   gpu::wait_only();
-  // One wave alone asks for them: all blocks want the same few lines of the L2.
-  if (chooses) load_experts(choice.logits, choice.n_expert, logit);
+  const float logit = scores ? gpu::load_fresh(choice.logits + expert) : 0.0f;
   const uint32_t launch0 = numbers ? launch_number(words) : 0;
   auto row0 = [](int) { return 0; };
   // Before the weights, which would be in their way.
   ActRows acts = begin_acts(memory.act_rows(lds, wave), x, in, row0, 1, 1);
-  LaneExperts list;
+  if (expert < kMaxExperts) {
+    keys[expert] = scores ? choice_key(logit, bias) : 0;
+    logits[expert] = logit;
+  }
+  if (numbers) launch = launch0;
+  __syncthreads();
   // The experts of the tiles that the ring begins with.
   const int last = block + (kSlots - 1) * blocks;
   const bool all_segments = segment_count(w.gate.groups) == kSegments;
   const int soon = all_segments && last < share.pairs ? last / w.gate.tiles + 1 : top_k;
-  int mine = 0;
+  LaneExperts list;
   if (chooses) {
-    uint32_t key[kExpertsPerLane] = {};
+    uint32_t key[kExpertsPerLane];
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
-      if (lane + i * gpu::kWave < choice.n_expert) key[i] = choice_key(logit[i], bias[i]);
-    }
+    for (int i = 0; i < kExpertsPerLane; ++i) key[i] = keys[lane + i * gpu::kWave];
     list = LaneExperts(key);
-    mine = select_sorted(list, soon);
-    if (lane < soon) chosen[lane] = mine;
   }
-  __syncthreads();
+  // Twice through one copy of the code: for the tiles the ring begins with, and for all.
   TaskStream<F, kSlots, RowTasks<F>> stream(memory.ring(lds, wave), {w, chosen, share, top_k, half, in, ff});
-  stream.start();
-  if (chooses) {
-    mine = select_sorted(list, top_k, soon, mine);
-    if (lane < top_k) chosen[lane] = mine;
-    weights[lane] = chosen_weight(logit, mine, top_k);
+  int mine = 0;
+#pragma unroll 1
+  for (int done = 0, upto = soon; done < 2; ++done) {
+    if (chooses) {
+      mine = select_sorted(list, upto, done == 0 ? 0 : soon, mine);
+      if (lane < upto) chosen[lane] = mine;
+    }
+    __syncthreads();
+    if (done == 0) stream.start();
+    upto = top_k;
   }
+  if (chooses) weights[lane] = slot_weight(lane < top_k ? logits[mine] : 0.0f, top_k);
   if (numbers) {
-    launch = launch0;  // the same
     note_launch(words, launch0);
     if (block == 0 && choice.distinct != nullptr) atomicAdd(choice.distinct, top_k);
   }
-  __syncthreads();
 
+  PostedActs posted{acts_words, launch};
+  const int groups = ff.g1 - ff.g0;
+  auto first_group = [&](int job) { return static_cast<int64_t>(job % top_k) * w.down.groups + ff.g0; };
   stream.expect(in.g1 - in.g0);
-  int segments = segment_count(w.gate.groups), made = 0;
+  int made = 0, job = half;
+  // One loop for both, and so one copy of its code: instructions come from memory that is busy with weights.
 #pragma unroll 1
-  for (int pair = share.first; pair < share.pairs; pair += share.step, ++made) {
-    auto& buffer = sums[made % 2];
-    tile_segment<F, 1, false>(stream, acts, row0, 1, buffer[half][segment]);
+  for (int pair = share.first;;) {
+    const bool down = pair >= share.pairs;
+    if (down) {
+      if (job >= share.jobs) break;
+      if (made == 0 && job == half) gpu::copy_wait<kSlots>();  // without a pair: the row, whose place is needed now
+      stream.expect(groups);
+      acts = posted.take(memory.act_rows(lds, wave), first_group(job), groups);
+      if (job + 2 < share.jobs) posted.ask(first_group(job + 2), groups);
+    }
+    tile_segment<F, 1, false>(stream, acts, row0, 1, down ? down_sums[job][segment] : sums[made % 2][half][segment]);
+    if (down) {
+      if (job + 6 >= share.jobs) gpu::release_next();
+      job += 2;
+      continue;
+    }
     __syncthreads();
     if (wave == made % kRowWaves) {
-      const float gate = add_segments<1>(buffer[0], segments, 0, lane);
-      const float up = add_segments<1>(buffer[1], segments, 0, lane);
+      const int segments = segment_count(w.gate.groups);
+      const float gate = add_segments<1>(sums[made % 2][0], segments, 0, lane);
+      const float up = add_segments<1>(sums[made % 2][1], segments, 0, lane);
       post_group_words(swiglu(gate, up), acts_words + static_cast<int64_t>(pair) * kGroupWords, launch);
     }
+    pair += share.step;
+    ++made;
+    if (pair >= share.pairs && half < share.jobs) posted.ask(first_group(half), groups);
   }
-  gpu::copy_wait<kSlots>();  // a block without a pair has not waited for the row, whose place is needed now
-  const int groups = ff.g1 - ff.g0;
-  stream.expect(groups);
-  segments = segment_count(w.down.groups);
-  PostedActs posted{acts_words, launch};
-  auto first_group = [&](int slot) { return static_cast<int64_t>(slot) * w.down.groups + ff.g0; };
+  const int mine_column = column + static_cast<int>(threadIdx.x);
+  const bool writes = mine_column < end && mine_column < w.down.n_out;
+  const float before = writes ? out[mine_column] : 0.0f;
+  __syncthreads();
+  // A job's sum in place of its first segment's.
+  const int segments = segment_count(w.down.groups);
 #pragma unroll 1
-  for (int column0 = share.column; column0 < share.end; column0 += kTile) {
-    const int column = column0 + lane;
-    const bool writes = wave == 0 && column < share.end && column < w.down.n_out;
-    const float before = writes ? out[column] : 0.0f;
-    if (half < top_k) posted.ask(first_group(half), groups);
-#pragma unroll 1
-    for (int slot = half; slot < top_k; slot += 2) {
-      acts = posted.take(memory.act_rows(lds, wave), first_group(slot), groups);
-      if (slot + 2 < top_k) posted.ask(first_group(slot + 2), groups);
-      tile_segment<F, 1, false>(stream, acts, row0, 1, down_sums[slot][segment]);
-      if (slot + 6 >= top_k && column0 + kTile >= share.end) gpu::release_next();  // most weights are on their way
+  for (int i = wave; i < share.jobs; i += kRowWaves) {
+    const float sum = add_segments<1>(down_sums[i], segments, 0, lane);
+    down_sums[i][0][0][lane] = sum;
+  }
+  __syncthreads();
+  if (writes) {
+    float sum = 0.0f;
+    for (int slot = 0; slot < top_k; ++slot) {
+      sum = fmaf(weights[slot], down_sums[wave * top_k + slot][0][0][lane], sum);
     }
-    __syncthreads();
-    for (int slot = wave; slot < top_k; slot += kRowWaves) {
-      float* const sum = down_sums[slot][0][0] + lane;  // in place of its first segment's
-      *sum = add_segments<1>(down_sums[slot], segments, 0, lane);
-    }
-    __syncthreads();
-    if (wave == 0) {
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int slot = 0; slot < top_k; ++slot) sum = fmaf(weights[slot], down_sums[slot][0][0][lane], sum);
-      if (writes) out[column] = before + sum;
-    }
-    if (column0 + kTile < share.end) __syncthreads();
+    out[mine_column] = before + sum;
   }
 }
 
@@ -255,16 +258,18 @@ bool launch_experts_row(gpu::Stream s, DType type, const TiledWeight& gate, cons
       shape.ring_bytes = kRowSlots<F> * Slot<F, 0>::kBytes;
       shape.segment = std::max(segment_groups(gate.groups), segment_groups(down.groups));
       shape.acts = 1;
+      const int columns = down.tiles * kTile, units = columns / kUnit;
+      const int per_block = (units + gpu::compute_units() - 1) / gpu::compute_units() * kUnit;
+      const int jobs = (per_block + kTile - 1) / kTile * c.top_k;
       const size_t shared =
-          kRowWaves * static_cast<size_t>(shape.wave_bytes()) + static_cast<size_t>(c.top_k) * sizeof(Partial<1>);
+          kRowWaves * static_cast<size_t>(shape.wave_bytes()) + static_cast<size_t>(jobs) * sizeof(Partial<1>);
       const auto kernel = experts_row_kernel<F>;
-      fits = c.rows == 1 && c.top_k <= gpu::kWave && gpu::blocks_that_fit(kernel, kRowThreads, shared) > 0;
+      fits = c.rows == 1 && c.top_k <= gpu::kWave && per_block <= kRowThreads &&
+             gpu::blocks_that_fit(kernel, kRowThreads, shared) > 0;
       if (!fits) return;
       const ExpertTiles w = {gate, up, down};
       ExpertWords words;
       words.launch = launch;
-      const int columns = down.tiles * kTile, units = columns / kUnit;
-      const int per_block = (units + gpu::compute_units() - 1) / gpu::compute_units() * kUnit;
       gpu::launch_shared(s, dim3(static_cast<unsigned>((columns + per_block - 1) / per_block)), kRowThreads, shared,
                          kernel, w, x, c, shape, words, static_cast<uint4*>(memory), per_block, out);
     }

@@ -516,8 +516,10 @@ template <typename RowOf>
 __device__ inline ActRows begin_acts(uint8_t* lds, const QuantRows& x, Span span, RowOf row_of, int count, int most) {
   const int groups = span.g1 - span.g0, all = static_cast<int>(x.n / 32);
   GroupScale* scale = reinterpret_cast<GroupScale*>(lds + most * act_stride(groups));
+#pragma unroll 1
   for (int r = 0; r < count; ++r) {
     const int64_t row = static_cast<int64_t>(row_of(r)) * all + span.g0;
+#pragma unroll 1
     for (int i = gpu::lane(); i < groups * 2; i += gpu::kWave) {
       gpu::copy_begin<16>(lds + r * act_stride(groups) + i * 16, x.q + row * 32 + i * 16);
       if (i < groups) gpu::copy_begin<8>(reinterpret_cast<uint8_t*>(scale + r * groups + i), x.scale + row + i);

@@ -258,9 +258,7 @@ class HipBackend final : public Backend {
       }
     }
     begin_op();
-    // A recorded step serves every position up to a bound; longer contexts take the next recording.
-    step_keys_ = 512;
-    while (step_keys_ < step.pos0 + step.rows) step_keys_ *= 2;
+    step_keys_ = recording_bound(step.pos0 + step.rows);
     current_ = {key, step_keys_};
     upload(position_slot(), &step.pos0, sizeof(int));
     Recording& r = recordings_[current_];
@@ -312,6 +310,15 @@ class HipBackend final : public Backend {
     gpu::GraphExec exec = nullptr;
     int64_t moe_calls = 0;
   };
+
+  // A recorded step serves every position up to a bound; longer contexts take the next recording. Attention's blocks are
+  // made for the bound: a fifth of them have nothing to do at most.
+  static int recording_bound(int keys) {
+    int power = 512;
+    while (power * 2 <= keys) power *= 2;
+    const int step = std::max(512, power / 4);
+    return (keys + step - 1) / step * step;
+  }
 
   // Every op starts here: what the op before left in scratch no longer counts.
   void begin_op() {

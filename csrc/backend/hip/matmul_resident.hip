@@ -35,15 +35,15 @@ __device__ inline void copy_groups(uint8_t* lds, const TileView<F>& tile, Span s
   }
 }
 
-// What the wave's groups add to the lane's output for each row; x begins with the first of them. All: there are
-// kGroups.
-template <typename F, int Rows, bool All>
+// What the wave's groups add to the lane's output for each row; x begins with the first of them. A branch a group: one row
+// loses 1% of a step where full segments have code of their own.
+template <typename F, int Rows>
 __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows& x,
                                   typename F::Term (&terms)[Rows][kGroups]) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(lds + kGroups * F::kQuantBytes);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    if (!All && g >= groups) break;
+    if (g >= groups) break;
     const typename F::Block block =
         F::unpack(F::load(lds + g * F::kQuantBytes, scales + g * (kTile * F::kHalves), 0, gpu::lane()));
 #pragma unroll
@@ -54,11 +54,11 @@ __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows&
   }
 }
 
-template <typename F, int Rows, bool All>
+template <typename F, int Rows>
 __device__ inline void add_terms(const typename F::Term (&terms)[Rows][kGroups], int groups, float (&acc)[Rows]) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    if (!All && g >= groups) break;
+    if (g >= groups) break;
 #pragma unroll
     for (int r = 0; r < Rows; ++r) acc[r] = hip::add(terms[r][g], acc[r]);
   }
@@ -105,34 +105,19 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   }
   Partial<Rows>& sum = partial[Shared ? 0 : half];
   float acc[Rows] = {};
-  auto multiply = [&](auto part) {
-    if (span.g1 - span.g0 == kGroups) {
-      part(std::true_type{});
-    } else {
-      part(std::false_type{});
-    }
-  };
+  const int mine = span.g1 - span.g0;
   typename F::Term terms[Rows][kGroups];
-  auto make = [&](auto all) { make_terms<F, Rows, decltype(all)::value>(weights, span.g1 - span.g0, x, terms); };
-  auto add_up = [&](auto all) {
-    add_terms<F, Rows, decltype(all)::value>(terms, span.g1 - span.g0, acc);
+  make_terms<F, Rows>(weights, mine, x, terms);
+#pragma unroll 1
+  for (int turn = 0; turn < (Shared ? 2 : 1); ++turn) {  // the second wave goes on where the first one ended
+    if (!Shared || half == turn) {
 #pragma unroll
-    for (int r = 0; r < Rows; ++r) sum[segment][r][gpu::lane()] = acc[r];
-  };
-  auto make_and_add_up = [&](auto all) {
-    make(all);
-    add_up(all);
-  };
-  if constexpr (Shared) {  // the second wave goes on where the first one ended
-    half == 0 ? multiply(make_and_add_up) : multiply(make);
-    __syncthreads();
-    if (half == 1) {
+      for (int r = 0; turn > 0 && r < Rows; ++r) acc[r] = sum[segment][r][gpu::lane()];
+      add_terms<F, Rows>(terms, mine, acc);
 #pragma unroll
-      for (int r = 0; r < Rows; ++r) acc[r] = sum[segment][r][gpu::lane()];
-      multiply(add_up);
+      for (int r = 0; r < Rows; ++r) sum[segment][r][gpu::lane()] = acc[r];
     }
-  } else {
-    multiply(make_and_add_up);
+    if (Shared && turn == 0) __syncthreads();
   }
   __syncthreads();
   if (!stores) return;
@@ -183,14 +168,15 @@ bool launch_resident([[maybe_unused]] gpu::Stream s, DType type, const OutList& 
       };
       auto of_rows = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
+        auto of_shared = [&](auto is_shared) {
+          constexpr bool kShared = decltype(is_shared)::value;
+          norm ? run(matmul_resident_kernel<F, kRows, true, kShared>)
+               : run(matmul_resident_kernel<F, kRows, false, kShared>);
+        };
         if constexpr (kRows <= kMostShared) {
-          if (shared && norm) return run(matmul_resident_kernel<F, kRows, true, true>);
-          if (shared) return run(matmul_resident_kernel<F, kRows, false, true>);
+          if (shared) return of_shared(std::true_type{});
         }
-        if constexpr (kRows > 1) {
-          norm ? run(matmul_resident_kernel<F, kRows, true, false>)
-               : run(matmul_resident_kernel<F, kRows, false, false>);
-        }
+        if constexpr (kRows > 1) of_shared(std::false_type{});
       };
       switch (in.rows) {
         case 1:

@@ -50,6 +50,7 @@ struct LaneExperts {
 // A wave: the experts of slots [first, end), in descending order (as select_experts, but the lists are sorted once);
 // lane i ends with slot i and keeps `mine` for earlier ones. Those chosen leave the lists.
 [[maybe_unused]] __device__ inline int select_sorted(LaneExperts& list, int end, int first = 0, int mine = 0) {
+#pragma unroll 1
   for (int slot = first; slot < end; ++slot) {
     const uint32_t most = gpu::wave_most(list.key[0]);
     uint32_t lanes = gpu::ballot(list.key[0] == most);
