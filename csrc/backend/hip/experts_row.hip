@@ -172,14 +172,14 @@ __global__ void DFLASH_REGISTERS(96)
   TaskStream<F, kSlots, RowTasks<F>> stream(memory.ring(lds, wave), {w, chosen, share, top_k, half, in, ff});
   int mine = 0;
 #pragma unroll 1
-  for (int done = 0, upto = soon; done < 2; ++done) {
+  for (int from = 0, upto = soon;; from = soon, upto = top_k) {
     if (chooses) {
-      mine = select_sorted(list, upto, done == 0 ? 0 : soon, mine);
-      if (lane < upto) chosen[lane] = mine;
+      mine = select_sorted(list, upto, from, mine);
+      if (lane >= from && lane < upto) chosen[lane] = mine;  // other waves read those before
     }
     __syncthreads();
-    if (done == 0) stream.start();
-    upto = top_k;
+    if (from > 0) break;
+    stream.start();
   }
   if (chooses) weights[lane] = slot_weight(lane < top_k ? logits[mine] : 0.0f, top_k);
   if (numbers) {

@@ -311,8 +311,8 @@ class HipBackend final : public Backend {
     int64_t moe_calls = 0;
   };
 
-  // A recorded step serves every position up to a bound; longer contexts take the next recording. Attention's blocks are
-  // made for the bound: a fifth of them have nothing to do at most.
+  // A recorded step serves every position up to a bound; longer contexts take the next recording. Attention's blocks
+  // are made for the bound: a fifth of them have nothing to do at most.
   static int recording_bound(int keys) {
     int power = 512;
     while (power * 2 <= keys) power *= 2;

@@ -35,8 +35,8 @@ __device__ inline void copy_groups(uint8_t* lds, const TileView<F>& tile, Span s
   }
 }
 
-// What the wave's groups add to the lane's output for each row; x begins with the first of them. A branch a group: one row
-// loses 1% of a step where full segments have code of their own.
+// What the wave's groups add to the lane's output for each row; x begins with the first of them. A branch a group: one
+// row loses 1% of a step where full segments have code of their own.
 template <typename F, int Rows>
 __device__ inline void make_terms(const uint8_t* lds, int groups, const ActRows& x,
                                   typename F::Term (&terms)[Rows][kGroups]) {
