@@ -15,28 +15,65 @@ namespace {
 
 // Few rows: grid (n_expert / kRouteExperts, some of the rows). A wave has the same elements of its experts' router
 // weights and of the rows, all in registers: products and sums of squares leave it together, and the factor 1 / rms
-// comes last. The blocks share the work of quantising the rows. Who reads the logits chooses.
+// comes last. Some blocks more quantise the rows meanwhile. Who reads the logits chooses.
 constexpr int kRouteExperts = 2;                        // of a block
 constexpr int kRouteQuads = 3;                          // float4 of a row a lane holds
 constexpr int kRouteEmbd = kRouteQuads * 4 * kThreads;  // largest n_embd
 constexpr int kRouteSums = kRouteExperts + 1;           // of a row: products, squares
 constexpr int kRouteRuns = 4;                           // of rows that blocks of their own take
 
-// Rows at a time.
+// Part `part` of a row as int8 groups: elements (part * kThreads + thread) * 4 on are a thread's.
+__device__ inline void route_quantize(const float* x, const float* norm, float eps, int n_embd, int row, int part,
+                                      MutableQuantRows hq) {
+  alignas(16) __shared__ float squares[kSegments];  // of the waves
+  auto at = [&](int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; };
+  const float* from = x + static_cast<int64_t>(row) * n_embd;
+  const int mine = at(part);
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const float4 weight = mine < n_embd ? *reinterpret_cast<const float4*>(norm + mine) : zero;
+  gpu::wait_for_previous();
+  float4 v[kRouteQuads];
+#pragma unroll
+  for (int i = 0; i < kRouteQuads; ++i) {
+    v[i] = at(i) < n_embd ? *reinterpret_cast<const float4*>(from + at(i)) : zero;
+  }
+  float sum = 0.0f;
+  float4 own = zero;
+#pragma unroll
+  for (int i = 0; i < kRouteQuads; ++i) {
+    sum += sum_of_squares(v[i]);
+    if (i == part) own = v[i];
+  }
+  sum = gpu::wave_sum(sum);
+  if (gpu::lane() == 0) squares[gpu::wave()] = sum;
+  const int64_t group = (static_cast<int64_t>(row) * n_embd + mine) / 32;
+  const GroupScale s = quantize_quad(times(own, weight), hq.q + group * 32, mine < n_embd);
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSegments; ++i) total += squares[i];
+  const float inverse = 1.0f / sqrtf(total / static_cast<float>(n_embd) + eps);
+  if (gpu::lane() % 8 == 0 && mine < n_embd) hq.scale[group] = {s.d * inverse, s.sum};
+}
+
+// Rows at a time. Blocks beyond those of the experts quantise a part of a row each.
 template <int Rows>
 __global__ void __launch_bounds__(kThreads)
     route_few_kernel(const float* __restrict__ router, const float* __restrict__ x, const float* __restrict__ norm,
                      float eps, int n_embd, int n_expert, int rows, MutableQuantRows hq, float* logits) {
+  const int quantises = static_cast<int>(blockIdx.x) - (n_expert + kRouteExperts - 1) / kRouteExperts;
+  if (quantises >= 0) {
+    const int row = quantises / kRouteQuads * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
+    if (row < rows) route_quantize(x, norm, eps, n_embd, row, quantises % kRouteQuads, hq);
+    return;
+  }
   alignas(16) __shared__ float parts[2][Rows][kRouteSums][kSegments];  // of the waves, for rows in turn
   const int expert0 = static_cast<int>(blockIdx.x) * kRouteExperts, wave = gpu::wave();
-  auto unit = [&](int i) { return static_cast<unsigned>(i * kSegments + wave); };  // four groups
   auto at = [&](int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; };
   const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   float4 w[kRouteExperts][kRouteQuads], weight[kRouteQuads];
-  bool quantises[kRouteQuads];  // the block this unit
 #pragma unroll
   for (int i = 0; i < kRouteQuads; ++i) {
-    quantises[i] = hq.q != nullptr && unit(i) % gridDim.x == blockIdx.x && at(i) - 4 * gpu::lane() < n_embd;
     weight[i] = zero;
     if (at(i) < n_embd) weight[i] = *reinterpret_cast<const float4*>(norm + at(i));
 #pragma unroll
@@ -98,13 +135,6 @@ __global__ void __launch_bounds__(kThreads)
       const int expert = expert0 + gpu::lane();
       if (wave == r && gpu::lane() < kRouteExperts && expert < n_expert) {
         logits[row * n_expert + expert] = total(r, gpu::lane()) * inverse;
-      }
-#pragma unroll
-      for (int i = 0; i < kRouteQuads; ++i) {
-        if (!quantises[i]) continue;
-        const int64_t group = (static_cast<int64_t>(row) * n_embd + at(i)) / 32;
-        const GroupScale s = quantize_quad(v[r][i], hq.q + group * 32, at(i) < n_embd);
-        if (gpu::lane() % 8 == 0 && at(i) < n_embd) hq.scale[group] = {s.d * inverse, s.sum};
       }
     }
   }
@@ -275,8 +305,9 @@ void launch_route(gpu::Stream s, const Moe& m, const float* x, float* h, Mutable
   const int n_expert = static_cast<int>(router.n_out);
   if (!route_needs_hidden(m, r.rows)) {
     auto run = [&](auto kernel, int at_a_time) {
-      const dim3 grid(u((n_expert + kRouteExperts - 1) / kRouteExperts),
-                      u(std::min((r.rows + at_a_time - 1) / at_a_time, kRouteRuns)));
+      const int runs = std::min((r.rows + at_a_time - 1) / at_a_time, kRouteRuns);
+      const int quantise = hq.q != nullptr ? kRouteQuads * ((r.rows + runs - 1) / runs) : 0;
+      const dim3 grid(u((n_expert + kRouteExperts - 1) / kRouteExperts + quantise), u(runs));
       gpu::launch(s, grid, kThreads, kernel, static_cast<const float*>(router.data), x, m.norm, m.eps,
                   static_cast<int>(router.n_in), n_expert, r.rows, hq, logits);
     };
