@@ -11,7 +11,7 @@ namespace {
 constexpr double kSlope = 0.4;        // of passes by log width
 constexpr double kOffset = 0.1;       // of all passes of more than one row
 constexpr double kWalk = 0.1;         // from a straight line, by log width
-constexpr double kOwn = 0.04;         // of each width
+constexpr double kEach = 0.04;        // of each width
 constexpr double kDraft = 1.5;        // of all drafts
 constexpr double kDraftSlope = 0.05;  // by log of their number
 constexpr double kDraftOwn = 0.02;    // of each number
@@ -57,7 +57,7 @@ Costs::Costs(const CostPrior& prior)
     for (int m = 1; m <= depth; ++m) {
       const double x = std::log(n + 1.0), y = std::log(m + 1.0), same = n == m ? 1.0 : 0.0;
       const double passes =
-          kSlope * kSlope * x * y + kOffset * kOffset + kWalk * kWalk * std::min(x, y) + kOwn * kOwn * same;
+          kSlope * kSlope * x * y + kOffset * kOffset + kWalk * kWalk * std::min(x, y) + kEach * kEach * same;
       const double drafts =
           kDraft * kDraft + kDraftSlope * kDraftSlope * std::log(n) * std::log(m) + kDraftOwn * kDraftOwn * same;
       set(pass(n + 1), pass(m + 1), passes, passes);

@@ -4,12 +4,13 @@
 // speculate_depth.go and Cascade's, arXiv 2506.20675; the answer here works from the drafter's own confidences.)
 //
 // Expected acceptance: the drafter's top-1 probability of each slot, calibrated online (calibration.h). Cost: measured
-// seconds per verify width and per draft count. With both, the last drafted rounds are replayed under today's costs for
-// every draft count n: what a drafted round brings (tokens a second) and how sure that is. Drafting goes on while it
-// promises more than plain decoding by a small margin. Otherwise the policy is parked: it decodes plainly and looks at
-// a draft now and then. What looks may cost is a share of what drafting could still gain, the mean of the positive part
-// of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters are
-// seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it again.
+// per verify width and per draft count (costs.h). With both, the last drafted rounds are replayed under today's costs
+// for every draft count n: what a drafted round brings (tokens a second) and how sure that is. Drafting goes on while
+// it promises more than plain decoding by a small margin. Otherwise the policy is parked: it decodes plainly and looks
+// at a draft now and then. What looks may cost is a share of what drafting could still gain, the mean of the positive
+// part of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters
+// are seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it
+// again.
 
 #include <algorithm>
 #include <array>
