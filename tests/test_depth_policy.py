@@ -214,6 +214,37 @@ def test_a_slow_stretch_of_the_machine_does_not_move_the_choice() -> None:
     assert run.regret(slice(500, 900)) < REGRET
 
 
+def stretches(seed: int, rounds: int) -> Noise:
+    """Slow stretches of 15 rounds on average, one in 60 rounds: everything takes 1.2 to 2.5 times as long."""
+    rng, load, factor = np.random.default_rng(seed), [], 1.0
+    for _ in range(rounds):
+        if rng.random() < (1 / 15 if factor > 1.0 else 1 / 60):
+            factor = 1.0 if factor > 1.0 else float(rng.uniform(1.2, 2.5))
+        load.append(factor)
+    return Noise(load=lambda i: load[i])
+
+
+def test_slow_stretches_one_after_the_other_do_not_park_a_drafter_that_pays() -> None:
+    # Each of them moves the machine, never what a drafted round costs against a plain one.
+    regrets = []
+    for acceptance, verify, draft in itertools.product(("card", "weak", "strong"), ("dense", "moe-0.66"), (0.045, 0.2)):
+        for seed in range(4):
+            noise = stretches(seed, 1200)
+            run = simulate([(Text(ACCEPTANCE[acceptance]), 1200)], VERIFY[verify], draft, seed=seed, noise=noise)
+            regrets.append(run.regret(slice(SETTLED, 1200)))
+            assert run.loss(slice(SETTLED, 1200)) < LOSS
+    assert np.mean(regrets) < 0.02
+    assert np.mean(np.array(regrets) > REGRET) < 0.1
+
+
+def test_two_slow_plain_rounds_before_the_first_look_do_not_make_a_draft_look_cheap() -> None:
+    # No pass of two rows is faster than a plain one: if it seems so, the machine was slow before.
+    noise = Noise(spread=0.01, outliers=0.0, load=lambda i: 2.4 if 1 <= i < 3 else 1.0)
+    for seed in range(3):
+        run = simulate([(Text(ACCEPTANCE["poor"]), 200)], MINI, 0.95, seed=seed, noise=noise)
+        assert sum(n > 0 for n in run.drafted) < 12
+
+
 def test_a_good_copy_that_seems_too_dear_is_measured_again_now_and_then() -> None:
     # A width that only lookup uses, once measured in a bad moment, would otherwise never be measured again.
     policy = _core.DepthPolicy(list(linear(1.2)), 0.2)

@@ -2,168 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace dflash {
 
-// ---- CostTable --------------------------------------------------------------------------------------------------
-
 namespace {
-
-constexpr size_t kRecent = 24;         // measurements kept of each index
-constexpr size_t kShift = 4;           // measurements in a row that must all be ...
-constexpr double kShifted = 1.15;      // ... this far off, the same way, to say that the whole machine changed
-constexpr double kOthersWeight = 0.6;  // of what the neighbours or the line say, against an index' own measurements
-constexpr double kFirstClamp = 1.5;    // an index measured less than kTrusted times is at most this far above the line
-constexpr size_t kTrusted = 3;
-constexpr double kFade = 0.985;               // per measurement elsewhere, of the trust in an index' own ...
-constexpr double kLeast = 0.25;               // ... but not below this share
-constexpr double kPriorWeightOfSlope = 0.02;  // the prior's slope, against measured ones
-constexpr double kMostDeviation = 0.25;       // relative; beyond it a measurement is an outlier
-constexpr double kSpreadMemory = 0.97;        // of measurements' spread
-constexpr double kStandardDeviation = 1.25;   // of a normal distribution, against its mean deviation
-constexpr double kOfMedian = 1.25;            // standard error of such a middle value, against a mean's
-constexpr double kLineError = 0.1;            // standard error where nothing was measured, and at most
-constexpr double kHope = 0.15;                // benefit of the doubt of an index never measured
-
-}  // namespace
-
-CostTable::CostTable(std::vector<double> prior, bool has_yardstick)
-    : has_yardstick_(has_yardstick),
-      prior_(std::move(prior)),
-      recent_(prior_.size()),
-      own_(prior_.size(), 0.0),
-      trust_(prior_.size(), 0.0),
-      unconfirmed_(prior_.size(), 1.0) {}
-
-void CostTable::observe(size_t index, double seconds) {
-  if (!(seconds > 0.0)) return;
-  if (count(index) > 0) {
-    const double surprise = seconds / at(index), deviation = std::min(std::abs(surprise - 1.0), kMostDeviation);
-    spread_ += (1.0 - kSpreadMemory) * (kStandardDeviation * deviation - spread_);
-    follow(index, surprise);
-  }
-  if (index == 0 && yardstick_afresh_) {
-    confirm_shift(seconds / at(0));
-    recent_[0].clear();
-    yardstick_afresh_ = false;
-  }
-  unconfirmed_[index] = 1.0;
-  if (any() && count(index) < kTrusted) seconds = std::min(seconds, kFirstClamp * at(index));
-  std::deque<double>& recent = recent_[index];
-  recent.push_back(seconds);
-  if (recent.size() > kRecent) recent.pop_front();
-  summarize(index);
-  for (double& trust : trust_) trust *= kFade;
-  trust_[index] = static_cast<double>(recent.size());
-  fit();
-}
-
-// A longer context or a busier machine moves every index at once: then those not measured move along. Not the
-// yardstick, by which everything is judged: a stretch of noise must not inflate it, so it is asked to be measured
-// again.
-void CostTable::follow(size_t index, double surprise) {
-  surprises_.push_back({index, surprise});
-  if (surprises_.size() < kShift) return;
-  if (surprises_.size() > kShift) surprises_.pop_front();
-  double least = surprise, most = surprise;
-  for (const auto& [i, found] : surprises_) least = std::min(least, found), most = std::max(most, found);
-  if (least < kShifted && most > 1.0 / kShifted) return;
-  const double factor = least >= kShifted ? least : most;  // the most careful of them
-  if (has_yardstick_ && index != 0) yardstick_due_ = yardstick_afresh_ = true;
-  for (size_t i = 0; i < recent_.size(); ++i) {
-    rescale(i, factor);
-    unconfirmed_[i] *= factor;
-  }
-  surprises_.clear();
-  fit();
-}
-
-// What was measured since the surprises began is of the new time already.
-void CostTable::rescale(size_t index, double factor) {
-  std::deque<double>& recent = recent_[index];
-  if (recent.empty()) return;
-  size_t old = recent.size();
-  for (const Surprise& s : surprises_) old -= s.first == index && old > 0 ? 1 : 0;
-  if (!surprises_.empty() && surprises_.back().first == index) old += 1;  // the last is not among them yet
-  for (size_t i = 0; i < std::min(old, recent.size()); ++i) recent[i] *= factor;
-  summarize(index);
-}
-
-// The yardstick, measured after a shift, against what the shift made of it. If it did not move, the stretch is over:
-// what was moved and not measured since goes back, or every slow stretch would leave the rest dearer for good.
-void CostTable::confirm_shift(double yardstick) {
-  for (size_t i = 1; i < unconfirmed_.size(); ++i) {
-    const double factor = unconfirmed_[i];
-    if ((factor > 1.0 && yardstick < 1.0 / kShifted) || (factor < 1.0 && yardstick > kShifted)) {
-      rescale(i, 1.0 / factor);
-    }
-    unconfirmed_[i] = 1.0;
-  }
-}
-
-// The faster half: delays are one-sided.
-void CostTable::summarize(size_t index) {
-  const std::deque<double>& recent = recent_[index];
-  std::vector<double> sorted(recent.begin(), recent.end());
-  std::sort(sorted.begin(), sorted.end());
-  const size_t half = (sorted.size() + 1) / 2;
-  own_[index] =
-      std::accumulate(sorted.begin(), sorted.begin() + static_cast<long>(half), 0.0) / static_cast<double>(half);
-}
-
-double CostTable::trust(size_t index) const {
-  return std::max(trust_[index], kLeast * static_cast<double>(count(index)));
-}
-
-// cost = a + b x by least squares of relative errors, x how much more than index 0 the prior has.
-void CostTable::fit() {
-  double w = 0.0, wx = 0.0, wxx = 0.0, wy = 0.0, wxy = 0.0;
-  for (size_t i = 0; i < prior_.size(); ++i) {
-    if (count(i) == 0) continue;
-    const double x = prior_[i] / prior_[0] - 1.0, y = own_[i];
-    const double weight = trust(i) * (prior_[0] / prior_[i]) * (prior_[0] / prior_[i]);
-    w += weight, wx += weight * x, wxx += weight * x * x, wy += weight * y, wxy += weight * x * y;
-  }
-  // The prior says b = a: minimise further kPriorWeightOfSlope * (b - a)^2.
-  const double k = kPriorWeightOfSlope;
-  const double m00 = w + k, m01 = wx - k, m11 = wxx + k;
-  const double determinant = m00 * m11 - m01 * m01;
-  double a = (wy * m11 - wxy * m01) / determinant, b = (m00 * wxy - m01 * wy) / determinant;
-  if (b < 0.0) a = wy / w, b = 0.0;                            // more rows are never taken to be cheaper
-  if (a <= 0.0) b = (wy + wxy) / (w + 2.0 * wx + wxx), a = b;  // nor one row to be free: the prior's shape
-  const auto x = [&](size_t i) { return prior_[i] / prior_[0] - 1.0; };
-  cost_.resize(prior_.size());
-  for (size_t i = 0; i < prior_.size(); ++i) {
-    size_t below = i, above = i + 1;
-    while (below > 0 && count(--below) == 0) {
-    }
-    while (above < prior_.size() && count(above) == 0) ++above;
-    double others = a + b * x(i);
-    if (below < i && count(below) > 0 && above < prior_.size()) {
-      const double t = (x(i) - x(below)) / std::max(x(above) - x(below), 1e-9);
-      others = own_[below] * (1.0 - t) + own_[above] * t;
-    }
-    cost_[i] = (trust(i) * own_[i] + kOthersWeight * others) / (trust(i) + kOthersWeight);
-  }
-}
-
-double CostTable::error(size_t index) const {
-  if (count(index) == 0) return kLineError;
-  return std::min(kLineError, kOfMedian * spread_ / std::sqrt(static_cast<double>(count(index))));
-}
-
-double CostTable::hopeful(size_t index) const { return at(index) * (1.0 - kHope / (1.0 + trust(index))); }
-
-// ---- DepthPolicy ------------------------------------------------------------------------------------------------
-
-namespace {
-
-std::vector<double> draft_prior(int max_depth, double draft) {
-  std::vector<double> prior;
-  for (int n = 1; n <= max_depth; ++n) prior.push_back(draft * (1.0 + 0.03 * n));
-  return prior;
-}
 
 double mean_of_positive_part(double mean, double deviation) {  // of a normal distribution
   constexpr double kSqrt2 = 1.4142135623730951, kSqrtTwoPi = 2.5066282746310002;
@@ -171,6 +13,7 @@ double mean_of_positive_part(double mean, double deviation) {  // of a normal di
   return mean * 0.5 * std::erfc(-z / kSqrt2) + deviation * std::exp(-0.5 * z * z) / kSqrtTwoPi;
 }
 
+constexpr double kMostCostError = 0.1;  // standard error of costs, at most
 constexpr double kReplayFade = 0.98;    // weight of a drafted round against the next newer one ...
 constexpr double kReplayRounds = 300;   // ... and e times less by so many rounds between them
 constexpr double kNegligible = 0.01;    // chance of reaching a slot, below which the rest is left out
@@ -178,6 +21,7 @@ constexpr double kScatter = 0.3;        // tokens by which rounds differ, as if 
 constexpr double kScatterWeight = 2;    // ... seen so often
 constexpr int kExplore = 8;             // every so many drafted rounds a width hardly measured may be tried ...
 constexpr int kLook = 8;                // every so many looks measure a pass of two rows
+constexpr size_t kTrusted = 3;          // ... or each, until it has been measured so often
 constexpr size_t kMeasured = 2;         // ... until it has been measured this often
 constexpr double kSure = 0.3;           // drafting pays for sure: by so many standard errors, but by ...
 constexpr double kLeastMargin = 0.005;  // ... this much at least, since the best of several estimates promises too much
@@ -202,7 +46,7 @@ constexpr int kAwake = 32;                 // tokens before a look that the draf
 constexpr double kHint = 3.0;              // evidence that drafts stand more often, at which the next look is due
 constexpr double kFirstYardstick = 8;      // rounds on which drafting is believed without a look at plain decoding ...
 constexpr double kLongestYardstick = 64;   // ... doubled as long as it is borne out
-constexpr double kDueSooner = 4;           // where the machine seems to have changed, so many times more of them
+constexpr double kDueSooner = 3;           // where the machine seems to have changed, so many times more of them
 constexpr int kSettle = 1;                 // plain rounds after a drafted one that find the caches still cold
 constexpr int kYardstickRounds = 3;        // so a yardstick is this many plain rounds, of which the last two count
 constexpr int kLongUnmeasured = 64;        // unless no settled plain round came for so long
@@ -211,10 +55,7 @@ constexpr int kLongUnmeasured = 64;        // unless no settled plain round came
 
 DepthPolicy::DepthPolicy(int max_depth, const CostPrior& prior)
     : max_depth_(max_depth),
-      verify_(prior.verify, true),
-      draft_(draft_prior(max_depth, prior.draft), false),
-      ingest_({1.0}, false),
-      settling_({1.0}, false),
+      costs_(prior),
       draft_prior_(prior.draft / prior.verify.front()),
       calibration_(max_depth),
       trusted_(kFirstYardstick) {
@@ -229,10 +70,8 @@ int DepthPolicy::lookup_bucket(int match) {
 double DepthPolicy::relative_error(const Choice& draft) const {
   const double tokens = draft.sigma / draft.tokens;
   const double share = draft_cost(draft.n) / draft.seconds;
-  const double drafting = share * draft_.error(static_cast<size_t>(draft.n) - 1);
-  const double verifying = (1.0 - share) * verify_.error(static_cast<size_t>(draft.depth));
-  const double plain = verify_.error(0);
-  return std::sqrt(tokens * tokens + drafting * drafting + verifying * verifying + plain * plain);
+  const double cost = costs_.variance(costs_.pass(draft.depth + 1), costs_.draft(draft.n), share);
+  return std::sqrt(tokens * tokens + std::min(cost, kMostCostError * kMostCostError));
 }
 
 // Replays the last drafted rounds for every n at once: with m slots known, those beyond m get the slot's average.
@@ -242,7 +81,7 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) {
   const size_t depths = static_cast<size_t>(max_depth);
   const std::vector<double> average = calibration_.averages(max_depth);
   std::vector<double> tokens(depths + 1, 0.0), seconds(depths + 1, 0.0), cost(depths);
-  for (size_t i = 0; i < depths; ++i) cost[i] = verify_.hopeful(i + 1);
+  for (size_t i = 0; i < depths; ++i) cost[i] = costs_.hopeful(i + 1);
   weight_.clear();
   reach_.assign(replay_.size() * depths, 0.0);
   double* reaches = reach_.data();  // [depths] of the round at hand
@@ -285,7 +124,7 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) {
 void DepthPolicy::measure(Choice& drafted, int max_depth) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1)), draft = draft_cost(drafted.n);
   std::vector<double> gradient(calibration_.n_parameters(), 0.0), cost(static_cast<size_t>(drafted.n));
-  for (size_t i = 0; i < cost.size(); ++i) cost[i] = verify_.hopeful(i + 1);
+  for (size_t i = 0; i < cost.size(); ++i) cost[i] = costs_.hopeful(i + 1);
   std::vector<double> times(cost.size() + 1, 0.0);  // weight with which each depth is verified
   double weights = 0.0, squares = 0.0, tokens = 0.0, seconds = 0.0, tt = 0.0, ts = 0.0, ss = 0.0;
   const double* reaches = reach_.data();
@@ -338,7 +177,7 @@ DepthPolicy::Choice DepthPolicy::best_lookup(int match, int tokens) const {
 
 DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, int lookup_tokens) {
   max_depth = std::min(max_depth, max_depth_);
-  if (max_depth < 1 || verify_.count(0) < kWarmUp) return {};
+  if (max_depth < 1 || costs_.count(0) < kWarmUp) return {};
   const double plain = 1.0 / verify_cost(1);
   const bool known = has_drafter && !replay_.empty();
   Choice draft;
@@ -369,12 +208,10 @@ DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, i
     parked_ = false;
     // Plain rounds keep the yardstick true, spread so thin that they cost kYardstickShare of the gain at most.
     const double rounds = (1.0 - plain / draft.rate) / kYardstickShare;
-    if (since_plain_ > rounds / kDueSooner && verify_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
+    if (since_plain_ > rounds / kDueSooner && costs_.take_yardstick_due()) yardstick_left_ = kYardstickRounds;
     if (yardstick_left_ > 0) return {};
     if (since_plain_ > std::clamp(rounds, kFirstYardstick, trusted_)) {
       yardstick_left_ = kYardstickRounds;
-      // Plain decoding may have been measured while the machine was slow, and the looks that promised so much after it.
-      if (trusted_ == kFirstYardstick) verify_.measure_yardstick_afresh();
       trusted_ = std::min(2.0 * trusted_, kLongestYardstick);
       return {};
     }
@@ -404,12 +241,12 @@ void DepthPolicy::estimate(int max_depth) {
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1));
   // A look verifies where that pays, and now and then to know what it costs: an early outlier must not park for good.
-  int depth = parked_ && (verify_.count(1) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
+  int depth = parked_ && (costs_.count(1) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
   double reach = 1.0, expected = 1.0, best = 1.0 - price * verify_cost(1);
   for (int n = 1; n <= static_cast<int>(confidence.size()) && n <= max_depth_; ++n) {
     reach *= calibration_.acceptance(n - 1, Calibration::log_odds(confidence[static_cast<size_t>(n) - 1]));
     expected += reach;
-    const double value = expected - price * verify_.hopeful(static_cast<size_t>(n));
+    const double value = expected - price * costs_.hopeful(static_cast<size_t>(n));
     if (value > best) {
       best = value;
       depth = n;
@@ -419,7 +256,7 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
     // The line through the costs cannot know of a kernel that is fast up to some width: measure all up to it.
     const int widest = std::min(parked_ ? depth : depth + 1, static_cast<int>(confidence.size()));
     for (int n = 1; n <= widest; ++n) {
-      if (verify_.count(static_cast<size_t>(n)) < kMeasured) return n;
+      if (costs_.count(static_cast<size_t>(n)) < kMeasured) return n;
     }
   }
   return depth;
@@ -446,14 +283,16 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   const bool plain = o.verified == 0 && o.drafted == 0;
   ++round_;
   ++unmeasured_;
-  if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || verify_.count(0) < kWarmUp) {
-    verify_.observe(static_cast<size_t>(o.verified), o.verify_seconds);
+  if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || costs_.count(0) < kWarmUp) {
+    costs_.observe(costs_.pass(o.verified + 1), o.verify_seconds);
     if (plain) unmeasured_ = 0;
   }
-  if (plain && !replay_.empty() && replay_.front().round + 1 == round_) settling_.observe(0, o.verify_seconds);
-  if (o.ingested > 0) ingest_.observe(0, o.ingest_seconds / o.ingested);
+  if (plain && !replay_.empty() && replay_.front().round + 1 == round_)
+    costs_.observe(costs_.settling(), o.verify_seconds);
+  if (o.ingested > 0) costs_.observe(costs_.ingest(), o.ingest_seconds / o.ingested);
   if (parked_) debt_ -= look_share_;
   calibration_.drift();
+  costs_.drift();
   plain_streak_ = plain ? plain_streak_ + 1 : 0;
   if (plain && yardstick_left_ > 0) --yardstick_left_;
   since_plain_ = plain ? 0 : since_plain_ + 1;
@@ -467,7 +306,7 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   }
   if (o.drafted == 0) return;
   ++drafted_rounds_;
-  draft_.observe(static_cast<size_t>(o.drafted) - 1, o.draft_seconds);
+  costs_.observe(costs_.draft(o.drafted), o.draft_seconds);
   remember(o.confidence);
   for (int i = 0; i < o.verified && i <= o.accepted; ++i) {
     if (i == o.accepted && o.cut) break;

@@ -4,21 +4,22 @@
 // speculate_depth.go and Cascade's, arXiv 2506.20675; the answer here works from the drafter's own confidences.)
 //
 // Expected acceptance: the drafter's top-1 probability of each slot, calibrated online (calibration.h). Cost: measured
-// seconds per verify width and per draft count. With both, the last drafted rounds are replayed under today's costs for
-// every draft count n: what a drafted round brings (tokens a second) and how sure that is. Drafting goes on while it
-// promises more than plain decoding by a small margin. Otherwise the policy is parked: it decodes plainly and looks at
-// a draft now and then. What looks may cost is a share of what drafting could still gain, the mean of the positive part
-// of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters are
-// seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it again.
+// per verify width and per draft count (costs.h). With both, the last drafted rounds are replayed under today's costs
+// for every draft count n: what a drafted round brings (tokens a second) and how sure that is. Drafting goes on while
+// it promises more than plain decoding by a small margin. Otherwise the policy is parked: it decodes plainly and looks
+// at a draft now and then. What looks may cost is a share of what drafting could still gain, the mean of the positive
+// part of the gain's normal distribution (the expected improvement of Bayesian optimisation), so that hopeless drafters
+// are seldom looked at and doubtful ones often. Once the confidences of a round are known, verify_depth() cuts it
+// again.
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <deque>
-#include <utility>
 #include <vector>
 
 #include "engine/calibration.h"
+#include "engine/costs.h"
 
 namespace dflash {
 
@@ -45,54 +46,6 @@ struct RoundOutcome {
   double ingest_seconds = 0.0;
 };
 
-// Before anything is measured: costs relative to a target pass of one row.
-struct CostPrior {
-  std::vector<double> verify;  // [max_depth + 1] width 1 .. max_depth + 1
-  double draft = 0.2;          // one drafter run
-};
-
-// Seconds by index, from noisy measurements: each index keeps its last few and counts the faster half of them. A line
-// through all, over the prior's shape, and the neighbours speak for indices hardly measured.
-class CostTable {
- public:
-  // has_yardstick: index 0 is measured on demand and never moved by the others.
-  CostTable(std::vector<double> prior, bool has_yardstick);
-  void observe(size_t index, double seconds);
-  double at(size_t index) const { return any() ? cost_[index] : prior_[index]; }
-  // The same, but an index hardly measured is given the benefit of the doubt, so that it is tried where it may pay.
-  double hopeful(size_t index) const;
-  size_t count(size_t index) const { return recent_[index].size(); }
-  double error(size_t index) const;  // standard error of at(), relative
-  bool any() const { return !cost_.empty(); }
-  // Whether the others moved together, so that the yardstick should be measured again; asking clears it.
-  bool take_yardstick_due() {
-    const bool due = yardstick_due_;
-    yardstick_due_ = false;
-    return due;
-  }
-  void measure_yardstick_afresh() { yardstick_afresh_ = true; }  // forget what it was before
-
- private:
-  void follow(size_t index, double surprise);
-  void confirm_shift(double yardstick);
-  void rescale(size_t index, double factor);
-  void summarize(size_t index);
-  double trust(size_t index) const;  // measurements, those of long ago counted less
-  void fit();
-  const bool has_yardstick_;
-  bool yardstick_due_ = false;     // should be measured again
-  bool yardstick_afresh_ = false;  // the next measurement of it replaces those before
-  double spread_ = 0.05;           // of single measurements, relative
-  std::vector<double> prior_;
-  std::vector<std::deque<double>> recent_;
-  std::vector<double> own_;  // from recent_ alone
-  std::vector<double> trust_;
-  std::vector<double> cost_;         // empty before the first measurement
-  std::vector<double> unconfirmed_;  // factor by which an index was moved with the others and not measured since
-  using Surprise = std::pair<size_t, double>;
-  std::deque<Surprise> surprises_;  // index, found over expected: the last few measurements
-};
-
 class DepthPolicy {
  public:
   DepthPolicy(int max_depth, const CostPrior& prior);
@@ -110,10 +63,12 @@ class DepthPolicy {
   void observe_unverified(int slot, float confidence, bool stood);
 
   int max_depth() const { return max_depth_; }
-  double verify_cost(int width) const { return verify_.at(static_cast<size_t>(width) - 1); }  // seconds
-  double draft_cost(int n) const { return draft_.at(static_cast<size_t>(n) - 1); }            // seconds
-  double ingest_cost() const { return ingest_.any() ? ingest_.at(0) : 0.0; }  // seconds a token, of a backlog
-  double best_rate() const { return rate_; }                                  // tokens a second
+  double verify_cost(int width) const { return costs_.at(costs_.pass(width)); }  // seconds
+  double draft_cost(int n) const { return costs_.at(costs_.draft(n)); }          // seconds
+  double ingest_cost() const {
+    return measured(costs_.ingest()) ? costs_.at(costs_.ingest()) : 0.0;
+  }  // seconds a token, of a backlog
+  double best_rate() const { return rate_; }  // tokens a second
   bool parked() const { return parked_; }
   // Parked, the next look some way off, and taking in all of the text dearer than looks may be: until then the drafter
   // need not be told of the text. Before a look it hears of the last tokens, and of all from a look on that shows more.
@@ -145,13 +100,13 @@ class DepthPolicy {
   void charge(const RoundOutcome& o);
   void heed_news();
   // What the plain round after a look takes longer, its caches cold.
-  double settling_cost() const { return settling_.any() ? std::max(0.0, settling_.at(0) - verify_.at(0)) : 0.0; }
+  double settling_cost() const {
+    return measured(costs_.settling()) ? std::max(0.0, costs_.at(costs_.settling()) - verify_cost(1)) : 0.0;
+  }
+  bool measured(size_t index) const { return costs_.count(index) > 0; }
 
   int max_depth_;
-  CostTable verify_;    // index: width - 1
-  CostTable draft_;     // index: slots - 1
-  CostTable ingest_;    // of one index: a token that the drafter takes in
-  CostTable settling_;  // of one index: the plain round after a drafted one
+  Costs costs_;
   double draft_prior_;  // of a drafter run, in plain rounds
   Calibration calibration_;
   std::deque<Drafted> replay_;  // the last drafted rounds, newest first

@@ -320,14 +320,14 @@ void test_policy() {
   CHECK(fresh.plan(15, true, 0, 0).source == DraftSource::none);  // nothing measured yet
   CHECK(fresh.plan(0, true, 8, 4).n == 0);
 
-  CostTable table({1.0, 1.5, 2.0, 2.5}, false);
+  Costs table(CostPrior{{1.0, 1.5, 2.0, 2.5}, 0.2});
   table.observe(0, 10.0);
-  CHECK(std::abs(table.at(2) - 20.0) < 1e-9);  // the prior's shape, scaled
+  CHECK(std::abs(table.at(2) - 20.0) < 1e-2);  // the prior's shape, scaled
   table.observe(2, 40.0);
   CHECK(table.at(1) >= 15.0 && table.at(1) < 31.0 &&
         table.at(3) > 30.0);  // between and beyond, a first look half believed
   for (int i = 0; i < 4; ++i) table.observe(0, i == 2 ? 1000.0 : 10.0);
-  CHECK(table.at(0) < 12.0);  // one outlier does not move a median
+  CHECK(table.at(0) < 12.0);  // one outlier hardly counts
 }
 
 // Against a list that says of every token whether the drafter has it (1), is owed it (2) or missed it (0).
