@@ -36,5 +36,5 @@ pair gfx1151
 
 # Few rows as NVIDIA has them: weights through shared memory, kernels whose blocks wait for each other.
 build staged -DDFLASH_EMULATE_STAGED
-"$work/staged/csrc/backend/hip/gpu_test_ops" "${quick[@]}" matmul attention experts ffn steps
+"$work/staged/csrc/backend/hip/gpu_test_ops" "${quick[@]}" matmul attention experts ffn layers steps
 pair staged

@@ -185,7 +185,8 @@ class Backend {
   virtual void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) = 0;
 
   // out[r, h] = softmax(q[r, h] . K[h / (n_head / n_head_kv)] * scale) V.  q, out [rows, n_head * head_dim]. A backend
-  // may do qkv_post's work here, when it was called just before on the same rows: afterwards q is undefined.
+  // may do qkv_post's work here, when it was called just before on the same rows: afterwards q is undefined. Where
+  // matmul_add of all of out follows at once, out may stay unwritten.
   virtual void attention(const Attention& a, Step step, const float* q, const KvLayer& kv, float* out) = 0;
 
   // x += sum over the row's top_k experts e of weight_e * down_e(silu(gate_e h) * up_e h), h = rms_norm(x, norm).

@@ -29,11 +29,11 @@ if [ "${3:-}" = check ]; then
   {
     for kernel in experts_row experts_queue experts_stream group_kernel route_few router_kernel choose_kernel gate_up_few down_few \
       gate_up_half gate_up_dense gate_up_many down_many add_experts float_gate_up float_down dense_routing; do
-      echo "racecheck $kernel $ops quick experts ffn"
+      echo "racecheck $kernel $ops quick experts ffn layers"
     done
     for kernel in attention_split attention_many; do echo "racecheck $kernel $ops quick attention"; done
     for kernel in matmul_few matmul_half matmul_many float_matmul; do echo "racecheck $kernel $ops quick matmul"; done
-    for kernel in matmul_resident qkv_ norm_; do echo "racecheck $kernel $ops quick steps small"; done
+    for kernel in matmul_resident qkv_ norm_; do echo "racecheck $kernel $ops quick layers steps small"; done
     for kernel in draw_token bin_by row_top top1_ edit_logits; do echo "racecheck $kernel $engine sampling quick"; done
     echo "initcheck - $ops quick matmul experts ffn"
     for tool in memcheck synccheck; do

@@ -2,15 +2,16 @@
 // row in other company (1..16 rows, and more than 16: quantised weights have other kernels there); guards after
 // outputs. Run on a machine with a device (tests/gpu/run_device.sh). Exit status 0: all passed.
 //
-// gpu_test_ops [quick] [small | matmul | attention | experts | steps | errors ...]   quick: fewer shapes; names: these
-// alone
+// gpu_test_ops [quick] [small | matmul | attention | experts | layers | steps | errors ...]   quick: fewer shapes;
+// names: these alone
 
 #include "backend/hip/hip_backend.h"
+#include "ops_tests.h"
 #include "reference.h"
 
 namespace dflash::test {
 
-bool g_quick = false;  // fewer shapes, for compute-sanitizer
+bool g_quick = false;
 
 namespace {
 
@@ -25,7 +26,6 @@ constexpr double kLimitF16 = 2e-7, kLimitBf16 = 3e-5;
 // KV F32, F16, Q8_0. Rounding the cache to Q8_0 alone errs by up to 2.2e-4 here, with exact sums.
 constexpr double kLimitAttention[] = {1e-10, 1e-6, 2.5e-4};
 
-constexpr float kEps = 1e-6f;
 const std::vector<int> kRowCounts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 129};
 
 void check(const std::string& what, const Doubles& want, const Floats& got, double limit, double* worst) {
@@ -524,60 +524,7 @@ void test_ffn(Backend& b, std::mt19937& rng) {
   report("ffn", worst, kLimitExperts);
 }
 
-// ---- recorded steps, errors
-
-void test_steps(Backend& b, std::mt19937& rng) {
-  const int n_ctx = 2048, heads = 4, dim = 128, n = heads * dim, rows = 3;
-  const auto t = random_tensor(rng, DType::Q4_0, n, n);
-  const Weight w = b.load(t->host, t);
-  const Floats ones(n, 1.0f), freq(32, 0.01f);
-  Guarded norm(b, ones), inv_freq(b, freq), q(b, rows * n), k(b, rows * n), v(b, rows * n), out(b, rows * n),
-      y(b, rows * n);
-  const size_t side = static_cast<size_t>(heads) * n_ctx * dim * 2;
-  Buffer ck = b.alloc(side), cv = b.alloc(side);
-  const Floats zeros(side / 4, 0.0f);
-  b.upload(ck.data, zeros.data(), side);
-  b.upload(cv.data, zeros.data(), side);
-  const KvLayer kv = {ck.data, cv.data, DType::F16, heads, dim, n_ctx};
-  QkvPost post;
-  post.n_head = post.n_head_kv = heads;
-  post.head_dim = dim;
-  post.n_rot = 64;
-  post.norm = QkNorm::whole;
-  post.q_norm = post.k_norm = norm.data();
-  post.inv_freq = inv_freq.data();
-  Attention a;
-  a.n_head = a.n_head_kv = heads;
-  a.head_dim = dim;
-  a.scale = 0.1f;
-  auto ops = [&](Step s) {
-    b.qkv_post(post, s, q.data(), k.data(), v.data(), kv);
-    b.attention(a, s, q.data(), kv, out.data());
-    b.matmul_add(w, out.data(), rows, y.data());
-  };
-  ops({rows, n_ctx - rows});  // scratch grows to its size now: later it would drop what is recorded
-  std::mt19937 draw(7);
-  int replayed = 0;
-  for (int pos0 : {0, 1, 5, 300, 301, 1022, 1030, 1040, 1050, 20}) {
-    const Floats x = random_floats(draw, rows * n), z(rows * n, 0.0f);
-    auto set = [&] {
-      for (Guarded* g : {&q, &k, &v}) g->set(x);
-      y.set(z);
-    };
-    set();
-    const bool done = b.begin_step(42, {rows, pos0});
-    if (!done) {
-      ops({rows, pos0});
-      b.end_step();
-    }
-    replayed += done;
-    const Floats got = y.get("step");
-    set();
-    ops({rows, pos0});
-    expect(same_bits(got, y.get("step"), got.size()), cat("recorded step at ", pos0, " differs"));
-  }
-  expect(replayed == 6, cat("steps replayed: ", replayed));
-}
+// ---- errors
 
 void test_errors(Backend& b, std::mt19937& rng) {
   bool thrown = false;
@@ -611,7 +558,7 @@ int run(const std::vector<std::string>& names) {
   std::printf("%s\n", b->describe().c_str());
   const std::vector<std::pair<std::string, void (*)(Backend&, std::mt19937&)>> tests = {
       {"small", test_small}, {"matmul", test_matmul}, {"attention", test_attention}, {"experts", test_experts},
-      {"ffn", test_ffn},     {"steps", test_steps},   {"errors", test_errors}};
+      {"ffn", test_ffn},     {"layers", test_layers}, {"steps", test_steps},         {"errors", test_errors}};
   for (const std::string& name : names) {
     const bool known = std::any_of(tests.begin(), tests.end(), [&](const auto& t) { return t.first == name; });
     expect(known, cat("no test is called ", name));

@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(Waves* gpu::kWave, Waves == kFewWaves ? gpu::k
   for (int r = 0; r < gpu::kFlashRows; ++r) {
     const int query = mine + gpu::flash_query(r);
     const int64_t at = head_of(min(query, last)) * kHeadDim;
-    gpu::flash_write(o, r, inverse[r], query <= last, p.out + at, p.half + at);
+    gpu::flash_write(o, r, inverse[r], query <= last, p.out != nullptr ? p.out + at : nullptr, p.half + at);
   }
 }
 

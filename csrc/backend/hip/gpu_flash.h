@@ -174,7 +174,7 @@ __device__ inline void flash_write(const float (&o)[Sixteens][8], int r, float s
     for (int i = 0; i < 8; ++i) {
       const int dim = d * 16 + flash_other(i);
       const float v = o[d][i] * scale;
-      out[dim] = v;
+      if (out != nullptr) out[dim] = v;
       half[(dim & ~31) + half_slot(dim & 31)] = static_cast<uint16_t>(F16::pack(v, v));
     }
   }
@@ -193,7 +193,7 @@ __device__ inline void flash_write(const float (&o)[Sixteens][8], int r, float s
       for (int i = 0; i < 4; ++i) v[i] = o[2 * g + h][(i >> 1) * 4 + r * 2 + (i & 1)] * scale;
       piece[2 * h] = F16::pack(v[0], v[2]);
       piece[2 * h + 1] = F16::pack(v[1], v[3]);
-      if (write) {
+      if (write && out != nullptr) {
         float2* to = reinterpret_cast<float2*>(out + g * 32 + h * 16) + (lane() & 3);
         to[0] = make_float2(v[0], v[1]);
         to[4] = make_float2(v[2], v[3]);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "backend/hip/architecture.h"
 #include "backend/hip/device_memory.h"
@@ -69,7 +70,7 @@ class HipBackend final : public Backend {
   }
 
   void upload(void* dst, const void* src, size_t bytes) override {
-    if (pending_.waiting) begin_op();
+    if (waits()) begin_op();
     if (bytes <= kSmallUpload) return launch_store(stream_, dst, src, bytes);
     char* to = static_cast<char*>(dst);
     const char* from = static_cast<const char*>(src);
@@ -86,7 +87,7 @@ class HipBackend final : public Backend {
   }
 
   void download(void* dst, const void* src, size_t bytes) override {
-    if (pending_.waiting) begin_op();
+    if (waits()) begin_op();
     char* to = static_cast<char*>(dst);
     const char* from = static_cast<const char*>(src);
     while (bytes > 0) {
@@ -150,6 +151,10 @@ class HipBackend final : public Backend {
   }
 
   void matmul_add(const Weight& w, const float* x, int rows, float* y) override {
+    if (late_.out == x && x != nullptr && late_.step.rows == rows && late_.n == w.n_in && is_quantized(w.type)) {
+      attend(nullptr);  // nobody reads more than its 16-bit rows
+      left_quantized(x, rows, w.n_in);
+    }
     const bool quantized = quantized_x_ == x && quantized_rows_ == rows && quantized_n_ == w.n_in;
     begin_op();
     const MatmulOut out{&w, y};
@@ -189,9 +194,7 @@ class HipBackend final : public Backend {
     }
     if (many) {
       const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
-      launch_attention_many(stream_, a, step.rows, position(step), q, half_q, kv, out,
-                            work_->half_rows(Scratch::kQuant, step.rows, n, true));
-      left_quantized(out, step.rows, n);
+      late_ = {a, step, q, half_q, kv, out, n};
       return;
     }
     const int n_keys = in_step_ ? std::min(step_keys_, kv.n_ctx) : step.pos0 + step.rows;
@@ -328,10 +331,19 @@ class HipBackend final : public Backend {
       launch_qkv_post(stream_, pending_.post, pending_.step.rows, position(pending_.step), pending_.q, pending_.k,
                       pending_.v, pending_.kv);
     }
+    if (late_.out != nullptr) attend(late_.out);
     if (weights_on_their_way_) {  // kernels read weights before they wait for the kernels before them
       GPU_CHECK(StreamSynchronize(stream_));
       weights_on_their_way_ = false;
     }
+  }
+  bool waits() const { return pending_.waiting || late_.out != nullptr; }
+
+  // The attention that waits, its f32 rows to out (null: left out).
+  void attend(float* out) {
+    const LateAttention l = std::exchange(late_, {});
+    launch_attention_many(stream_, l.a, l.step.rows, position(l.step), l.q, l.half_q, l.kv, out,
+                          work_->half_rows(Scratch::kQuant, l.step.rows, l.n, true));
   }
   void left_quantized(const float* x, int rows, int64_t n) {
     quantized_x_ = x;
@@ -469,6 +481,17 @@ class HipBackend final : public Backend {
     KvLayer kv;
   };
   PendingQkv pending_;
+  // Attention of many rows: whether its f32 rows are needed the next op says.
+  struct LateAttention {
+    Attention a;
+    Step step;
+    const float* q = nullptr;
+    bool half_q = false;
+    KvLayer kv;
+    float* out = nullptr;  // null: nothing waits
+    int64_t n = 0;         // n_head * head_dim
+  };
+  LateAttention late_;
 
   std::map<std::pair<uint64_t, int>, Recording> recordings_;
   std::pair<uint64_t, int> current_;

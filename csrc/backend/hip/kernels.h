@@ -161,7 +161,8 @@ void launch_down_many(gpu::Stream s, DType type, const TiledWeight& down, HalfRo
                       const PairRows& y, float* x);
 // Whether attention_many.hip serves these rows: more than kFewRows over an f16 or q8_0 cache, head_dim 32, 64 or 128.
 bool attention_many_takes(const Attention& a, int rows, const KvLayer& kv);
-// out [rows, n_head * head_dim] and the same as 16-bit rows. half_q: q as launch_qkv_post leaves it so.
+// out [rows, n_head * head_dim] (null: not needed) and the same as 16-bit rows. half_q: q as launch_qkv_post leaves it
+// so.
 void launch_attention_many(gpu::Stream s, const Attention& a, int rows, Position pos0, const float* q, bool half_q,
                            const KvLayer& kv, float* out, HalfRows half);
 
