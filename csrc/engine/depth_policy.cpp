@@ -81,7 +81,7 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) {
   const size_t depths = static_cast<size_t>(max_depth);
   const std::vector<double> average = calibration_.averages(max_depth);
   std::vector<double> tokens(depths + 1, 0.0), seconds(depths + 1, 0.0), cost(depths);
-  for (size_t i = 0; i < depths; ++i) cost[i] = costs_.hopeful(i + 1);
+  for (size_t i = 0; i < depths; ++i) cost[i] = costs_.hopeful(costs_.pass(static_cast<int>(i) + 2));
   weight_.clear();
   reach_.assign(replay_.size() * depths, 0.0);
   double* reaches = reach_.data();  // [depths] of the round at hand
@@ -124,7 +124,7 @@ DepthPolicy::Choice DepthPolicy::best_draft(int max_depth) {
 void DepthPolicy::measure(Choice& drafted, int max_depth) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1)), draft = draft_cost(drafted.n);
   std::vector<double> gradient(calibration_.n_parameters(), 0.0), cost(static_cast<size_t>(drafted.n));
-  for (size_t i = 0; i < cost.size(); ++i) cost[i] = costs_.hopeful(i + 1);
+  for (size_t i = 0; i < cost.size(); ++i) cost[i] = costs_.hopeful(costs_.pass(static_cast<int>(i) + 2));
   std::vector<double> times(cost.size() + 1, 0.0);  // weight with which each depth is verified
   double weights = 0.0, squares = 0.0, tokens = 0.0, seconds = 0.0, tt = 0.0, ts = 0.0, ss = 0.0;
   const double* reaches = reach_.data();
@@ -177,7 +177,7 @@ DepthPolicy::Choice DepthPolicy::best_lookup(int match, int tokens) const {
 
 DraftPlan DepthPolicy::plan(int max_depth, bool has_drafter, int lookup_match, int lookup_tokens) {
   max_depth = std::min(max_depth, max_depth_);
-  if (max_depth < 1 || costs_.count(0) < kWarmUp) return {};
+  if (max_depth < 1 || costs_.count(costs_.pass(1)) < kWarmUp) return {};
   const double plain = 1.0 / verify_cost(1);
   const bool known = has_drafter && !replay_.empty();
   Choice draft;
@@ -241,12 +241,12 @@ void DepthPolicy::estimate(int max_depth) {
 int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
   const double price = std::max(rate_, 1.0 / verify_cost(1));
   // A look verifies where that pays, and now and then to know what it costs: an early outlier must not park for good.
-  int depth = parked_ && (costs_.count(1) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
+  int depth = parked_ && (costs_.count(costs_.pass(2)) < kTrusted || drafted_rounds_ % kLook == 0) ? 1 : 0;
   double reach = 1.0, expected = 1.0, best = 1.0 - price * verify_cost(1);
   for (int n = 1; n <= static_cast<int>(confidence.size()) && n <= max_depth_; ++n) {
     reach *= calibration_.acceptance(n - 1, Calibration::log_odds(confidence[static_cast<size_t>(n) - 1]));
     expected += reach;
-    const double value = expected - price * costs_.hopeful(static_cast<size_t>(n));
+    const double value = expected - price * costs_.hopeful(costs_.pass(n + 1));
     if (value > best) {
       best = value;
       depth = n;
@@ -256,7 +256,7 @@ int DepthPolicy::verify_depth(const std::vector<float>& confidence) const {
     // The line through the costs cannot know of a kernel that is fast up to some width: measure all up to it.
     const int widest = std::min(parked_ ? depth : depth + 1, static_cast<int>(confidence.size()));
     for (int n = 1; n <= widest; ++n) {
-      if (costs_.count(static_cast<size_t>(n)) < kMeasured) return n;
+      if (costs_.count(costs_.pass(n + 1)) < kMeasured) return n;
     }
   }
   return depth;
@@ -283,12 +283,13 @@ void DepthPolicy::observe(const RoundOutcome& o) {
   const bool plain = o.verified == 0 && o.drafted == 0;
   ++round_;
   ++unmeasured_;
-  if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || costs_.count(0) < kWarmUp) {
+  if (!plain || plain_streak_ >= kSettle || unmeasured_ > kLongUnmeasured || costs_.count(costs_.pass(1)) < kWarmUp) {
     costs_.observe(costs_.pass(o.verified + 1), o.verify_seconds);
     if (plain) unmeasured_ = 0;
   }
-  if (plain && !replay_.empty() && replay_.front().round + 1 == round_)
+  if (plain && !replay_.empty() && replay_.front().round + 1 == round_) {
     costs_.observe(costs_.settling(), o.verify_seconds);
+  }
   if (o.ingested > 0) costs_.observe(costs_.ingest(), o.ingest_seconds / o.ingested);
   if (parked_) debt_ -= look_share_;
   calibration_.drift();

@@ -65,9 +65,8 @@ class DepthPolicy {
   int max_depth() const { return max_depth_; }
   double verify_cost(int width) const { return costs_.at(costs_.pass(width)); }  // seconds
   double draft_cost(int n) const { return costs_.at(costs_.draft(n)); }          // seconds
-  double ingest_cost() const {
-    return measured(costs_.ingest()) ? costs_.at(costs_.ingest()) : 0.0;
-  }  // seconds a token, of a backlog
+  // Seconds a token, of a backlog.
+  double ingest_cost() const { return measured(costs_.ingest()) ? costs_.at(costs_.ingest()) : 0.0; }
   double best_rate() const { return rate_; }  // tokens a second
   bool parked() const { return parked_; }
   // Parked, the next look some way off, and taking in all of the text dearer than looks may be: until then the drafter

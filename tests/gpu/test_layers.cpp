@@ -5,8 +5,43 @@
 
 namespace dflash::test {
 
-// Attention, output projection and experts one after the other, where one row has launches of its own: the bits of the
-// row are those it has among others, and those of the ops one by one.
+namespace {
+
+// Attention as MiniMax-M2 has it over an f16 cache of zeros, a key head to each query head.
+struct HeadsOf128 {
+  static constexpr int kHeads = 4, kDim = 128, kWidth = kHeads * kDim;
+
+  HeadsOf128(Backend& b, int n_ctx)
+      : norm(b, Floats(kWidth, 1.0f)), inv_freq(b, Floats(32, 0.01f)), k(cache(b, n_ctx)), v(cache(b, n_ctx)) {
+    kv = {k.data, v.data, DType::F16, kHeads, kDim, n_ctx};
+    post.n_head = post.n_head_kv = attention.n_head = attention.n_head_kv = kHeads;
+    post.head_dim = attention.head_dim = kDim;
+    post.n_rot = 64;
+    post.norm = QkNorm::whole;
+    post.q_norm = post.k_norm = norm.data();
+    post.inv_freq = inv_freq.data();
+    attention.scale = 0.1f;
+  }
+
+  Guarded norm, inv_freq;
+  Buffer k, v;
+  KvLayer kv;
+  QkvPost post;
+  Attention attention;
+
+ private:
+  static Buffer cache(Backend& b, int n_ctx) {
+    const Floats zeros(static_cast<size_t>(kWidth) * n_ctx / 2, 0.0f);
+    Buffer buffer = b.alloc(zeros.size() * sizeof(float));
+    b.upload(buffer.data, zeros.data(), buffer.bytes);
+    return buffer;
+  }
+};
+
+}  // namespace
+
+// Attention, output projection and experts one after the other: a row's bits are those it has among others, and those
+// it has when the experts do not follow at once.
 void test_layers(Backend& b, std::mt19937& rng) {
   struct Case {
     DType type;
@@ -18,7 +53,8 @@ void test_layers(Backend& b, std::mt19937& rng) {
                                    {DType::Q4_1, 200, 4, 96, 256, 2.0f},    {DType::Q4_0, 16, 2, 416, 64, 2.0f},
                                    {DType::Q4_0, 32, 8, 256, 256, 3000.0f}, {DType::Q4_0, 32, 8, 256, 256, 1e-5f},
                                    {DType::Q4_0, 256, 8, 3072, 512, 2.0f}};
-  const int heads = 4, dim = 128, n = heads * dim, n_ctx = 64, pos0 = 5, most = kInt8Rows, many = 40;
+  const int n = HeadsOf128::kWidth, pos0 = 5, most = kInt8Rows, many = 40;
+  HeadsOf128 heads(b, 64);
   for (const Case& c : cases) {
     if (g_quick && (c.n_embd > 256 || c.scale != 2.0f)) continue;
     const auto out = random_tensor(rng, c.type, n, c.n_embd),
@@ -28,24 +64,7 @@ void test_layers(Backend& b, std::mt19937& rng) {
     const auto down = random_tensor(rng, c.type, c.n_ff, c.n_embd, c.n_expert);
     const Weight wo = b.load(out->host, out), wr = b.load(router->host, router), wg = b.load(gate->host, gate),
                  wu = b.load(up->host, up), wd = b.load(down->host, down);
-    Guarded norm(b, Floats(n, 1.0f)), inv_freq(b, Floats(32, 0.01f)), bias(b, random_floats(rng, c.n_expert, 0.1f)),
-        moe_norm(b, random_floats(rng, c.n_embd));
-    const size_t side = static_cast<size_t>(heads) * n_ctx * dim * 2;
-    Buffer ck = b.alloc(side), cv = b.alloc(side);
-    const Floats zeros(side / 4, 0.0f);
-    b.upload(ck.data, zeros.data(), side);
-    b.upload(cv.data, zeros.data(), side);
-    const KvLayer kv = {ck.data, cv.data, DType::F16, heads, dim, n_ctx};
-    QkvPost post;
-    post.n_head = post.n_head_kv = heads;
-    post.head_dim = dim;
-    post.n_rot = 64;
-    post.q_norm = post.k_norm = norm.data();
-    post.inv_freq = inv_freq.data();
-    Attention a;
-    a.n_head = a.n_head_kv = heads;
-    a.head_dim = dim;
-    a.scale = 0.1f;
+    Guarded bias(b, random_floats(rng, c.n_expert, 0.1f)), moe_norm(b, random_floats(rng, c.n_embd));
     Moe m;
     m.n_expert = c.n_expert;
     m.top_k = c.top_k;
@@ -66,8 +85,8 @@ void test_layers(Backend& b, std::mt19937& rng) {
       Guarded q(b, some(qkv, n)), k(b, some(qkv, n)), v(b, some(qkv, n)), y(b, static_cast<size_t>(rows * n)),
           gx(b, some(x, c.n_embd));
       const Step step = {rows, pos0 + first};
-      b.qkv_post(post, step, q.data(), k.data(), v.data(), kv);
-      b.attention(a, step, q.data(), kv, y.data());
+      b.qkv_post(heads.post, step, q.data(), k.data(), v.data(), heads.kv);
+      b.attention(heads.attention, step, q.data(), heads.kv, y.data());
       b.matmul_add(wo, y.data(), rows, gx.data());
       if (one_by_one) (void)gx.get(what);
       b.moe(m, rows, gx.data());
@@ -91,32 +110,14 @@ void test_layers(Backend& b, std::mt19937& rng) {
 }
 
 void test_steps(Backend& b, std::mt19937& rng) {
-  const int n_ctx = 2048, heads = 4, dim = 128, n = heads * dim, rows = 3;
+  const int n_ctx = 2048, n = HeadsOf128::kWidth, rows = 3;
   const auto t = random_tensor(rng, DType::Q4_0, n, n);
   const Weight w = b.load(t->host, t);
-  const Floats ones(n, 1.0f), freq(32, 0.01f);
-  Guarded norm(b, ones), inv_freq(b, freq), q(b, rows * n), k(b, rows * n), v(b, rows * n), out(b, rows * n),
-      y(b, rows * n);
-  const size_t side = static_cast<size_t>(heads) * n_ctx * dim * 2;
-  Buffer ck = b.alloc(side), cv = b.alloc(side);
-  const Floats zeros(side / 4, 0.0f);
-  b.upload(ck.data, zeros.data(), side);
-  b.upload(cv.data, zeros.data(), side);
-  const KvLayer kv = {ck.data, cv.data, DType::F16, heads, dim, n_ctx};
-  QkvPost post;
-  post.n_head = post.n_head_kv = heads;
-  post.head_dim = dim;
-  post.n_rot = 64;
-  post.norm = QkNorm::whole;
-  post.q_norm = post.k_norm = norm.data();
-  post.inv_freq = inv_freq.data();
-  Attention a;
-  a.n_head = a.n_head_kv = heads;
-  a.head_dim = dim;
-  a.scale = 0.1f;
+  HeadsOf128 heads(b, n_ctx);
+  Guarded q(b, rows * n), k(b, rows * n), v(b, rows * n), out(b, rows * n), y(b, rows * n);
   auto ops = [&](Step s) {
-    b.qkv_post(post, s, q.data(), k.data(), v.data(), kv);
-    b.attention(a, s, q.data(), kv, out.data());
+    b.qkv_post(heads.post, s, q.data(), k.data(), v.data(), heads.kv);
+    b.attention(heads.attention, s, q.data(), heads.kv, out.data());
     b.matmul_add(w, out.data(), rows, y.data());
   };
   ops({rows, n_ctx - rows});  // scratch grows to its size now: later it would drop what is recorded
