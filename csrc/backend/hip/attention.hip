@@ -49,9 +49,10 @@ struct AttentionArgs {
   TakeIn in;
   int norm_threads = 0;  // of the norm's own kernel
 
-  __device__ KeyRange keys(int row) const {
-    const int pos = pos0.get() + row0 + row;
-    const int end = a.causal ? pos + 1 : pos0.get() + step_rows;
+  // position: the step's.
+  __device__ KeyRange keys(int row, int position) const {
+    const int pos = position + row0 + row;
+    const int end = a.causal ? pos + 1 : position + step_rows;
     const int first = a.sliding_window > 0 ? max(0, pos + 1 - a.sliding_window) : 0;
     return {first, end};
   }
@@ -64,23 +65,28 @@ constexpr int kRotations = 64;  // of a head at most
 // Normalises and rotates a block's queries, and the KV head's new key, which goes to the cache with its value. The sums
 // of squares are those of qkv_whole_kernel, in its order: a wave plays some waves of that kernel one after the other.
 // Vectors of 128 (four elements a lane): the queries, the key, the value, a wave each.
-template <int Queries>
+template <DType T, int Queries>
 class Intake {
  public:
   static constexpr int kHeadDim = 128, kItems = (Queries + 2 + kAttentionWaves - 1) / kAttentionWaves;
   static constexpr int kParts = kNormThreads / kAttentionThreads, kHeldQ = kTakeInMost / (4 * kNormThreads);
 
   struct Shared {
-    alignas(16) float k[kHeadDim], v[kHeadDim];
+    alignas(16) OwnElement<T> k[kHeadDim];
+    alignas(16) OwnElement<T> v[kHeadDim];
     float sums[2][gpu::kWave];
     float2 rotations[kRotations];
   };
 
   // Before the wait.
-  __device__ inline Intake(const AttentionArgs& p, Shared& lds, int kv_head, int first_query, int queries, bool own_key)
-      : p_(p), lds_(lds), kv_head_(kv_head), first_head_(kv_head * (p.a.n_head / p.a.n_head_kv) + first_query) {
+  __device__ inline Intake(const AttentionArgs& p, Shared& lds, int position, int kv_head, int first_query, int queries,
+                           bool own_key)
+      : p_(p),
+        lds_(lds),
+        kv_head_(kv_head),
+        first_head_(kv_head * (p.a.n_head / p.a.n_head_kv) + first_query),
+        position_(position) {
     const QkvPost& post = p.in.post;
-    position_ = p.pos0.get();
     if (rotates()) frequency_ = post.inv_freq[rotation_at()];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -146,17 +152,21 @@ class Intake {
       if (kind_[i] != kV) {
         const float squares = gpu::wave_sum(lds_.sums[kind_[i] == kQ ? 0 : 1][gpu::lane()]);
         const int n = kind_[i] == kQ ? n_q() : n_k();
-        r = times(r, 1.0f / sqrtf(squares / static_cast<float>(n) + post.eps), weight_[i]);
+        r = times(r, inverse_rms(squares, n, post.eps), weight_[i]);
         const float4 other = shuffle_quad(r, post.n_rot / 8);
         if (dim < post.n_rot) r = rotate_quad(post, dim, r, other, [&](int j) { return lds_.rotations[j]; });
       }
-      float* to = &q_lds[min(head_[i] - first_head_, Queries - 1)][0];
-      if (kind_[i] != kQ) {
-        const bool key = kind_[i] == kK;
-        r = store_kv_quad(p_.kv, key ? p_.kv.k : p_.kv.v, kv_head_, position_, dim, r, true);
-        to = key ? lds_.k : lds_.v;
+      if (kind_[i] == kQ) {
+        *reinterpret_cast<float4*>(&q_lds[min(head_[i] - first_head_, Queries - 1)][dim]) = r;
+        continue;
       }
-      *reinterpret_cast<float4*>(to + dim) = r;
+      const bool key = kind_[i] == kK;
+      KvLayer kv = p_.kv;
+      kv.type = T;  // known to the compiler
+      r = store_kv_quad(kv, key ? kv.k : kv.v, kv_head_, position_, dim, r, true);
+      OwnElement<T>* const to = (key ? lds_.k : lds_.v) + dim;
+      to[0] = own_element<T>(r.x), to[1] = own_element<T>(r.y), to[2] = own_element<T>(r.z),
+      to[3] = own_element<T>(r.w);
     }
   }
 
@@ -216,24 +226,28 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   const int kv_head = static_cast<int>(blockIdx.y);
   const int split = OneSplit ? 0 : static_cast<int>(blockIdx.z);
   const int last_query = min(first_query + Queries, n_queries) - 1;
+  const int position = p.pos0.get();
+  // One row's queries are taken in, so their row needs no division.
+  auto row_of = [&](int query) { return TakeIn ? 0 : query / group; };
   // Rows ascend with queries, so the block's keys lie between its first row's first and its last row's end.
-  const int all_first = p.keys(first_query / group).first, all_end = p.keys(last_query / group).end;
+  const int all_first = p.keys(row_of(first_query), position).first, all_end = p.keys(row_of(last_query), position).end;
   const int begin = max(split_begin(split), all_first), end = min(split_begin(split + 1), all_end);
   if (!OneSplit && begin >= end) return;  // others wait; one split is never empty
   const int t = static_cast<int>(threadIdx.x), wave = gpu::wave();
-  prefetch_keys(p, kv_head, begin, min(end, p.pos0.get()));
-  auto head_of = [&](int query) { return kv_head * group + query % group; };
+  prefetch_keys(p, kv_head, begin, min(end, position));
+  auto head_of = [&](int query) { return kv_head * group + query - row_of(query) * group; };
   using FirstRun = Run<T, Dims, kFirstKeyLanes, kFirstLaneKeys, kHold>;
   using LaterRun = Run<T, Dims, kLaterKeyLanes, kLaterLaneKeys, false>;
   const int wave_key0 = wave * FirstRun::kKeys;
   FirstRun run;  // split 0
-  OwnKey<kHeadDim> own = {nullptr, nullptr, -1};
+  OwnKey<T> own = {nullptr, nullptr, -1};
+  if (t < Queries) keys_lds[t] = p.keys(row_of(min(first_query + t, last_query)), position);
   if constexpr (TakeIn) {
-    __shared__ typename Intake<Queries>::Shared lds;
-    const int position = p.pos0.get();
+    __shared__ typename Intake<T, Queries>::Shared lds;
     own = {lds.k, lds.v, position};
     // With one split the key is here, and no wave has to know the position before it asks for q.
-    Intake<Queries> intake(p, lds, kv_head, first_query, last_query - first_query + 1, OneSplit || end > position);
+    Intake<T, Queries> intake(p, lds, position, kv_head, first_query, last_query - first_query + 1,
+                              OneSplit || end > position);
     gpu::wait_only();
     intake.load();
     if ((OneSplit || split == 0) && wave_key0 < end) run.load(p.kv, kv_head, wave_key0, begin, end);
@@ -243,13 +257,12 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     gpu::wait_for_previous();
     for (int i = t; i < Queries * kHeadDim / 4; i += kAttentionThreads) {
       const int query = min(first_query + i / (kHeadDim / 4), last_query);
-      const int64_t row = p.row0 + query / group;
+      const int64_t row = p.row0 + row_of(query);
       reinterpret_cast<float4*>(&q_lds[0][0])[i] =
           reinterpret_cast<const float4*>(p.q + (row * p.a.n_head + head_of(query)) * kHeadDim)[i % (kHeadDim / 4)];
     }
     if ((OneSplit || split == 0) && wave_key0 < end) run.load(p.kv, kv_head, wave_key0, begin, end);
   }
-  if (t < Queries) keys_lds[t] = p.keys(min(first_query + t, last_query) / group);
   WaveState<Dims, Queries> w;
 #pragma unroll
   for (int i = 0; i < Queries; ++i) {
@@ -262,8 +275,9 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   if (OneSplit || split == 0) {
 #pragma unroll 1
     for (int key0 = wave_key0; key0 < end;) {
+      if constexpr (TakeIn) run.take_own(own, key0);
       if (key0 + FirstRun::kKeys > begin)
-        take_run<Dims, Queries, TakeIn>(run, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+        take_run<T, Dims, Queries, TakeIn>(run, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
       key0 += kAttentionWaves * FirstRun::kKeys;
       if (key0 < end) run.load(p.kv, kv_head, key0, begin, end);
     }
@@ -273,7 +287,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     for (int key0 = split_begin(split) + wave * kLaterRun; key0 < end; key0 += kAttentionWaves * kLaterRun) {
       later.load(p.kv, kv_head, key0, begin, end);
       if (key0 + kLaterRun > begin)
-        take_run<Dims, Queries, TakeIn>(later, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
+        take_run<T, Dims, Queries, TakeIn>(later, p.kv, p.a.scale * kLog2E, q_lds, keys_lds, e_lds[wave], own, w);
     }
   }
 #pragma unroll
@@ -286,10 +300,10 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   const int first_split = split_of(all_first), last_split = split_of(all_end - 1);
   const bool only = OneSplit || first_split == last_split;
   auto partial_of = [&](int query) {
-    return (static_cast<int64_t>(query / group) * p.a.n_head + head_of(query)) * p.max_splits;
+    return (static_cast<int64_t>(row_of(query)) * p.a.n_head + head_of(query)) * p.max_splits;
   };
   auto finish = [&](int query, int dim, float v) {
-    const int64_t at = ((p.row0 + query / group) * static_cast<int64_t>(p.a.n_head) + head_of(query)) * kHeadDim + dim;
+    const int64_t at = ((p.row0 + row_of(query)) * static_cast<int64_t>(p.a.n_head) + head_of(query)) * kHeadDim + dim;
     p.out[at] = v;
     quantize_group(v, p.quant.q + (at & ~int64_t{31}), p.quant.scale + at / 32);
   };
@@ -330,7 +344,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
     const int i = t + n * kAttentionThreads, local = i / kHeadDim, dim = i % kHeadDim;
     if (i >= n_results) continue;
     if (only) {
-      finish(first_query + local, dim, r[n] / total[n]);
+      finish(first_query + local, dim, r[n] * gpu::reciprocal(total[n]));
     } else {
       const int64_t at = partial_of(first_query + local) + split;
       p.o[at * kHeadDim + dim] = r[n];
@@ -342,7 +356,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
   if (!gpu::last_to_arrive(counter, last_split - first_split + 1)) return;
   for (int i = t; i < n_results; i += kAttentionThreads) {
     const int query = first_query + i / kHeadDim, dim = i % kHeadDim;
-    const KeyRange keys = p.keys(query / group);
+    const KeyRange keys = p.keys(row_of(query), position);
     const int64_t at = partial_of(query);
     const int first = split_of(keys.first), last = split_of(keys.end - 1);
     float top = -INFINITY, total = 0.0f, r = 0.0f;
@@ -355,7 +369,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_split_kernel(Atte
       total = fmaf(scale, sum, total);
       r = fmaf(scale, gpu::load_fresh(&p.o[(at + s) * kHeadDim + dim]), r);
     }
-    finish(query, dim, r / total);
+    finish(query, dim, r * gpu::reciprocal(total));
   }
 }
 

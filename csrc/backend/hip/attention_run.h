@@ -77,12 +77,37 @@ struct WaveState {
   float o[Queries][Dims];  // the lane's dimensions
 };
 
-// The step's own key and value, as the cache holds them from now on; position -1: they are in the cache already.
-template <int HeadDim>
+// The step's own key and value [head_dim] in shared memory, as the cache holds them from now on (of Q8_0 what they are
+// worth); position -1: they are in the cache already.
+template <DType T>
+using OwnElement = std::conditional_t<T == DType::F16, uint16_t, float>;
+
+template <DType T>
+__device__ inline OwnElement<T> own_element(float v) {
+  if constexpr (T == DType::F16) {
+    return gpu::float_to_half(v);
+  } else {
+    return v;
+  }
+}
+
+template <DType T>
 struct OwnKey {
-  const float* k;
-  const float* v;
+  const OwnElement<T>* k;
+  const OwnElement<T>* v;
   int position;
+
+  template <int N>
+  static __device__ inline void get(const OwnElement<T>* from, float (&f)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (T == DType::F16) {
+        f[i] = gpu::half_to_float(from[i]);
+      } else {
+        f[i] = from[i];
+      }
+    }
+  }
 };
 
 // A run of keys: KeyLanes lanes share a key, each with 8 dimensions in turn, and have LaneKeys keys; each lane has some
@@ -120,6 +145,24 @@ struct Run {
       for (int j = 0; j < kKeys; ++j) read(v[j], kv, kv.v, key0 + j, gpu::lane() * Dims);
     }
   }
+  // Held: the step's own key in place of what was read. What is read past it stands for keys that do not count, so it
+  // must be a number.
+  __device__ inline void take_own([[maybe_unused]] const OwnKey<T>& own, [[maybe_unused]] int first) {
+    if constexpr (Hold) {
+      static_assert(LaneKeys == 1 && std::is_same_v<typename Elements<T, 8>::Element, OwnElement<T>>,
+                    "as in the cache");
+      if (own.position >= first + kKeys) return;
+      if (key(0) == own.position) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) k[i][0].v = *reinterpret_cast<const decltype(k[i][0].v)*>(own.k + dim(i));
+      }
+      const auto own_v = *reinterpret_cast<const decltype(v[0].v)*>(own.v + gpu::lane() * Dims);
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        if (first + j >= own.position) v[j].v = own_v;
+      }
+    }
+  }
   __device__ inline void key_piece(const KvLayer& kv, int i, int n, float (&f)[8]) const {
     if constexpr (Hold) {
       k[i][n].get(f);
@@ -140,10 +183,11 @@ struct Run {
   }
 };
 
-template <int Dims, int Queries, bool TakeIn, typename R>
+template <DType T, int Dims, int Queries, bool TakeIn, typename R>
 __device__ inline void take_run(const R& run, const KvLayer& kv, float scale, const float (&q)[Queries][Dims * 32],
                                 const KeyRange (&keys)[Queries], float (&e_lds)[Queries][kLaterRun],
-                                const OwnKey<Dims * 32>& own, WaveState<Dims, Queries>& w) {
+                                const OwnKey<T>& own, WaveState<Dims, Queries>& w) {
+  constexpr bool kReplace = TakeIn && !R::kHeld;  // what was read where the own key is not yet
   constexpr int kUnroll = R::kHeld ? R::kPieces : gpu::kAttentionUnroll;
   constexpr int kLaneKeys = R::kLaneKeys, kSums = 4 / kLaneKeys;  // a score is added up as so many sums
   float score[Queries][kLaneKeys][kSums] = {};
@@ -154,10 +198,7 @@ __device__ inline void take_run(const R& run, const KvLayer& kv, float scale, co
 #pragma unroll
     for (int n = 0; n < kLaneKeys; ++n) {
       run.key_piece(kv, piece, n, k[n]);
-      if (TakeIn && run.key(n) == own.position) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) k[n][i] = own.k[dim + i];
-      }
+      if (kReplace && run.key(n) == own.position) own.get(own.k + dim, k[n]);
     }
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {
@@ -213,10 +254,7 @@ __device__ inline void take_run(const R& run, const KvLayer& kv, float scale, co
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       run.value(kv, j0 + j, v[j]);
-      if (TakeIn && run.safe(run.key0 + j0 + j) == own.position) {
-#pragma unroll
-        for (int d = 0; d < Dims; ++d) v[j][d] = own.v[gpu::lane() * Dims + d];
-      }
+      if (kReplace && run.safe(run.key0 + j0 + j) == own.position) own.get(own.v + gpu::lane() * Dims, v[j]);
     }
 #pragma unroll
     for (int i = 0; i < Queries; ++i) {

@@ -14,7 +14,7 @@ __device__ inline uint32_t ranking(float value) {
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ inline float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+__device__ inline float sigmoid(float v) { return gpu::reciprocal(1.0f + expf(-v)); }
 
 struct Choice {
   int expert;

@@ -23,6 +23,24 @@ constexpr int kGroupWords = 3;  // of a group of activations
 template <typename F>
 constexpr int kRowSlots = 6 / kChunk<F>;
 
+// Divides by a number that the host knows: by multiplying, where an integer division takes 25 instructions. Right for
+// n * divisor < 2^32.
+struct Divisor {
+  uint32_t factor;  // 0: divides by one
+  explicit Divisor(int d)
+      : factor(d == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(d) + 1)) {}
+  __device__ inline int of(int n) const {
+    return factor == 0 ? n : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
+  }
+};
+
+// What the host works out for all blocks.
+struct RowShape {
+  int per_block;  // columns of down
+  Divisor tiles;  // of gate
+  Divisor slots;  // top_k
+};
+
 // What a block makes: pairs of a gate and an up tile first, first + step, ... of all experts (waves 0..7 gate, 8..15
 // up); then down columns column .. end - 1 in jobs, each kTile columns at most of one expert: waves 0..7 the
 // even, 8..15 the odd ones.
@@ -38,22 +56,32 @@ struct RowTasks {
   const ExpertTiles& w;
   const int* chosen;  // [top_k] experts, in shared memory
   const Share& share;
+  const RowShape& shape;
   Span in, ff;
   int top_k, half, pair, job;
 
-  __device__ RowTasks(const ExpertTiles& tiles, const int* experts, const Share& s, int k, int h, Span input,
-                      Span inner)
-      : w(tiles), chosen(experts), share(s), in(input), ff(inner), top_k(k), half(h), pair(s.first), job(h) {}
+  __device__ RowTasks(const ExpertTiles& tiles, const int* experts, const Share& s, const RowShape& host, int k, int h,
+                      Span input, Span inner)
+      : w(tiles),
+        chosen(experts),
+        share(s),
+        shape(host),
+        in(input),
+        ff(inner),
+        top_k(k),
+        half(h),
+        pair(s.first),
+        job(h) {}
 
   __device__ inline bool next(Run<F>& run) {
     if (pair < share.pairs) {
-      const int slot = pair / w.gate.tiles;
+      const int slot = shape.tiles.of(pair);
       run.set(TileView<F>(half == 0 ? w.gate : w.up, chosen[slot], pair - slot * w.gate.tiles), in);
       pair += share.step;
       return true;
     }
     if (job >= share.jobs) return false;
-    const int part = job / top_k;
+    const int part = shape.slots.of(job);
     run.set_columns(w.down, chosen[job - part * top_k], share.column + part * kTile, share.end, ff);
     job += 2;
     return true;
@@ -120,12 +148,12 @@ __device__ inline void post_group_words(float v, uint4* to, uint32_t launch) {
   if (lane < kGroupWords) gpu::post(to + lane, a, b, lane == kGroupWords - 1 ? __float_as_uint(s.d) : c, launch);
 }
 
-// out [n_out]; per_block: columns of down. 96 registers: a block of the next kernel (256 threads of 64) finds room
+// out [n_out]. 96 registers: a block of the next kernel (256 threads of 64) finds room
 // beside it, but no second block of this one.
 template <typename F>
 __global__ void DFLASH_REGISTERS(96)
     experts_row_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
-                       uint4* acts_words, int per_block, float* out) {
+                       uint4* acts_words, RowShape shape, float* out) {
   DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<1> sums[2][2];      // of half a block's tiles; the first in turn
   __shared__ float weights[gpu::kWave];  // of the slots
@@ -136,7 +164,7 @@ __global__ void DFLASH_REGISTERS(96)
   constexpr int kSlots = kRowSlots<F>;
   const int wave = gpu::wave(), lane = gpu::lane(), half = wave / kSegments, segment = wave % kSegments;
   const int top_k = choice.top_k, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  const int column = block * per_block, end = min(column + per_block, w.down.tiles * kTile);
+  const int column = block * shape.per_block, end = min(column + shape.per_block, w.down.tiles * kTile);
   const int parts = (end - column + kTile - 1) / kTile;
   const Share share = {block, blocks, top_k * w.gate.tiles, column, end, parts * top_k};
   const Span in = segment_span(segment, w.gate.groups), ff = segment_span(segment, w.down.groups);
@@ -159,8 +187,7 @@ __global__ void DFLASH_REGISTERS(96)
   __syncthreads();
   // The experts of the tiles that the ring begins with.
   const int last = block + (kSlots - 1) * blocks;
-  const bool all_segments = segment_count(w.gate.groups) == kSegments;
-  const int soon = all_segments && last < share.pairs ? last / w.gate.tiles + 1 : top_k;
+  const int soon = w.gate.segments == kSegments && last < share.pairs ? shape.tiles.of(last) + 1 : top_k;
   LaneExperts list;
   if (chooses) {
     uint32_t key[kExpertsPerLane];
@@ -169,7 +196,7 @@ __global__ void DFLASH_REGISTERS(96)
     list = LaneExperts(key);
   }
   // Twice through one copy of the code: for the tiles the ring begins with, and for all.
-  TaskStream<F, kSlots, RowTasks<F>> stream(memory.ring(lds, wave), {w, chosen, share, top_k, half, in, ff});
+  TaskStream<F, kSlots, RowTasks<F>> stream(memory.ring(lds, wave), {w, chosen, share, shape, top_k, half, in, ff});
   int mine = 0;
 #pragma unroll 1
   for (int from = 0, upto = soon;; from = soon, upto = top_k) {
@@ -189,7 +216,9 @@ __global__ void DFLASH_REGISTERS(96)
 
   PostedActs posted{acts_words, launch};
   const int groups = ff.g1 - ff.g0;
-  auto first_group = [&](int job) { return static_cast<int64_t>(job % top_k) * w.down.groups + ff.g0; };
+  auto first_group = [&](int job) {
+    return static_cast<int64_t>(job - shape.slots.of(job) * top_k) * w.down.groups + ff.g0;
+  };
   stream.expect(in.g1 - in.g0);
   int made = 0, job = half;
   // One loop for both, and so one copy of its code: instructions come from memory that is busy with weights.
@@ -211,7 +240,7 @@ __global__ void DFLASH_REGISTERS(96)
     }
     __syncthreads();
     if (wave == made % kRowWaves) {
-      const int segments = segment_count(w.gate.groups);
+      const int segments = w.gate.segments;
       const float gate = add_segments<1>(sums[made % 2][0], segments, 0, lane);
       const float up = add_segments<1>(sums[made % 2][1], segments, 0, lane);
       post_group_words(swiglu(gate, up), acts_words + static_cast<int64_t>(pair) * kGroupWords, launch);
@@ -225,7 +254,7 @@ __global__ void DFLASH_REGISTERS(96)
   const float before = writes ? out[mine_column] : 0.0f;
   __syncthreads();
   // A job's sum in place of its first segment's.
-  const int segments = segment_count(w.down.groups);
+  const int segments = w.down.segments;
 #pragma unroll 1
   for (int i = wave; i < share.jobs; i += kRowWaves) {
     const float sum = add_segments<1>(down_sums[i], segments, 0, lane);
@@ -254,24 +283,25 @@ bool launch_experts_row(gpu::Stream s, DType type, const TiledWeight& gate, cons
   with_format(type, [&](auto format) {
     if constexpr (gpu::kStaged) {
       using F = decltype(format);
-      WaveMemory shape;
-      shape.ring_bytes = kRowSlots<F> * Slot<F, 0>::kBytes;
-      shape.segment = std::max(segment_groups(gate.groups), segment_groups(down.groups));
-      shape.acts = 1;
+      WaveMemory wave;
+      wave.ring_bytes = kRowSlots<F> * Slot<F, 0>::kBytes;
+      wave.segment = std::max(segment_groups(gate.groups), segment_groups(down.groups));
+      wave.acts = 1;
       const int columns = down.tiles * kTile, units = columns / kUnit;
       const int per_block = (units + gpu::compute_units() - 1) / gpu::compute_units() * kUnit;
       const int jobs = (per_block + kTile - 1) / kTile * c.top_k;
       const size_t shared =
-          kRowWaves * static_cast<size_t>(shape.wave_bytes()) + static_cast<size_t>(jobs) * sizeof(Partial<1>);
+          kRowWaves * static_cast<size_t>(wave.wave_bytes()) + static_cast<size_t>(jobs) * sizeof(Partial<1>);
       const auto kernel = experts_row_kernel<F>;
       fits = c.rows == 1 && c.top_k <= gpu::kWave && per_block <= kRowThreads &&
              gpu::blocks_that_fit(kernel, kRowThreads, shared) > 0;
       if (!fits) return;
       const ExpertTiles w = {gate, up, down};
+      const RowShape shape = {per_block, Divisor(gate.tiles), Divisor(c.top_k)};
       ExpertWords words;
       words.launch = launch;
       gpu::launch_shared(s, dim3(static_cast<unsigned>((columns + per_block - 1) / per_block)), kRowThreads, shared,
-                         kernel, w, x, c, shape, words, static_cast<uint4*>(memory), per_block, out);
+                         kernel, w, x, c, wave, words, static_cast<uint4*>(memory), shape, out);
     }
   });
   return fits;

@@ -39,15 +39,13 @@ struct QuantRows {
 struct TiledWeight {
   const uint8_t* quants = nullptr;
   const uint16_t* scales = nullptr;
-  int groups = 0;  // n_in / 32
-  int tiles = 0;   // of one expert
+  int groups = 0;    // n_in / 32
+  int tiles = 0;     // of one expert
+  int segments = 0;  // that have groups
   int64_t n_out = 0;
 };
 
 __host__ __device__ inline int segment_groups(int groups) { return (groups + kSegments - 1) / kSegments; }
-__host__ __device__ inline int segment_count(int groups) {
-  return (groups + segment_groups(groups) - 1) / segment_groups(groups);
-}
 
 // The sum over segments starts here: -0 + x is x for every x, signed zeros included.
 inline constexpr float kEmptySum = -0.0f;
@@ -56,6 +54,10 @@ inline constexpr float kEmptySum = -0.0f;
 template <typename T>
 __device__ inline const T* behind(const T* p, uint32_t bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + bytes);
+}
+
+__device__ inline int dot_bytes(const int4& w, const int4& x, int c) {
+  return gpu::dot4(w.w, x.w, gpu::dot4(w.z, x.z, gpu::dot4(w.y, x.y, gpu::dot4(w.x, x.x, c))));
 }
 
 __device__ inline int dot_words(const uint4& w, const int4& x, int c) {

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     for (int i = 0; i * kSegments < MaxRows; ++i) {
       const int r = wave + i * kSegments;
       if (r >= in.rows) break;
-      const float v = add_segments<MaxRows>(partial[buffer], segment_count(groups), r, gpu::lane());
+      const float v = add_segments<MaxRows>(partial[buffer], list.out[0].w.segments, r, gpu::lane());
       if (n < out.w.n_out) out.y[r * out.w.n_out + n] = add ? before[i] + v : v;
     }
     if (kBuffers == 1) __syncthreads();
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   if constexpr (gpu::kStaged) {
     if (memory.acts > 0) x = stage_acts(memory.act_rows(lds, wave), in, span, row_of, rows, memory.acts);
   }
-  const int segments = segment_count(gate.groups);
+  const int segments = gate.segments;
   for (int tile = first; tile < tiles; tile += step) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {

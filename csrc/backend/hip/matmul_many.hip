@@ -4,6 +4,7 @@
 
 #include "backend/hip/many_direct.h"
 #include "backend/hip/many_ring.h"
+#include "backend/hip/quantize.h"
 
 namespace dflash::hip {
 
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kNormThreads)
     __syncthreads();
     float sum = 0.0f;
     for (int i = 0; i < kNormThreads / gpu::kWave; ++i) sum += lds[i];
-    inverse = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
+    inverse = inverse_rms(sum, n, eps);
   }
   for (int start = 0; start < n; start += kNormSpan) {
     if (n > kNormSpan) {

@@ -89,20 +89,21 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   gpu::copy_commit();
   [[maybe_unused]] const Norms norm(in.norm, Norm ? groups * 32 : 0);
   gpu::wait_for_previous();
+  uint8_t* const acts = lds + kWaves * kWeightBytes<F>;
+  ActRows x;
+  if constexpr (!Norm) {
+    x = begin_acts(acts + wave * (Rows * act_bytes(kGroups)), in.x, span, [](int r) { return r; }, Rows, Rows);
+  }
   const int64_t n = static_cast<int64_t>(tile - list.first_tile[o]) * kTile + gpu::lane();
   const bool stores = there && wave - (Shared ? 0 : half * kSegments) < Rows && n < out.w.n_out;  // row `segment`
   float before = 0.0f;                                                                            // what is added to
   if (stores && add) before = out.y[segment * out.w.n_out + n];
-  uint8_t* const acts = lds + kWaves * kWeightBytes<F>;
-  ActRows x;
   if constexpr (Norm) {
     norm.run(acts, sums);
     x = {reinterpret_cast<const int8_t*>(acts) + span.g0 * 32,
          reinterpret_cast<const GroupScale*>(acts + Rows * groups * 32) + span.g0, groups * 32, groups};
-    gpu::copy_wait<0>();
-  } else {  // waits for the weights too
-    x = stage_acts<true>(acts + wave * (Rows * act_bytes(kGroups)), in.x, span, [](int r) { return r; }, Rows, Rows);
   }
+  gpu::copy_wait<0>();
   Partial<Rows>& sum = partial[Shared ? 0 : half];
   float acc[Rows] = {};
   const int mine = span.g1 - span.g0;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
   }
   __syncthreads();
   if (!stores) return;
-  const float v = add_segments<Rows>(sum, segment_count(groups), segment, gpu::lane());
+  const float v = add_segments<Rows>(sum, list.out[0].w.segments, segment, gpu::lane());
   out.y[segment * out.w.n_out + n] = add ? before + v : v;
 }
 

@@ -21,6 +21,8 @@ constexpr int kRouteQuads = 3;                          // float4 of a row a lan
 constexpr int kRouteEmbd = kRouteQuads * 4 * kThreads;  // largest n_embd
 constexpr int kRouteSums = kRouteExperts + 1;           // of a row: products, squares
 constexpr int kRouteRuns = 4;                           // of rows that blocks of their own take
+// Blocks to a multiprocessor. Not told, nvcc saves registers for one row by reading it in three goes.
+constexpr int kRouteBlocks = gpu::kStaged ? 3 : 1;
 
 // Part `part` of a row as int8 groups: elements (part * kThreads + thread) * 4 on are a thread's.
 __device__ inline void route_quantize(const float* x, const float* norm, float eps, int n_embd, int row, int part,
@@ -52,13 +54,13 @@ __device__ inline void route_quantize(const float* x, const float* norm, float e
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kSegments; ++i) total += squares[i];
-  const float inverse = 1.0f / sqrtf(total / static_cast<float>(n_embd) + eps);
+  const float inverse = inverse_rms(total, n_embd, eps);
   if (gpu::lane() % 8 == 0 && mine < n_embd) hq.scale[group] = {s.d * inverse, s.sum};
 }
 
 // Rows at a time. Blocks beyond those of the experts quantise a part of a row each.
 template <int Rows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRouteBlocks)
     route_few_kernel(const float* __restrict__ router, const float* __restrict__ x, const float* __restrict__ norm,
                      float eps, int n_embd, int n_expert, int rows, MutableQuantRows hq, float* logits) {
   const int quantises = static_cast<int>(blockIdx.x) - (n_expert + kRouteExperts - 1) / kRouteExperts;
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < Rows; ++r) {
       const int row = row0 + r;
       if (row >= rows) break;
-      const float inverse = 1.0f / sqrtf(total(r, kRouteExperts) / static_cast<float>(n_embd) + eps);
+      const float inverse = inverse_rms(total(r, kRouteExperts), n_embd, eps);
       const int expert = expert0 + gpu::lane();
       if (wave == r && gpu::lane() < kRouteExperts && expert < n_expert) {
         logits[row * n_expert + expert] = total(r, gpu::lane()) * inverse;

@@ -44,7 +44,7 @@ struct HeldRow {
       squares = fmaf(v[i].z, v[i].z, squares);
       squares = fmaf(v[i].w, v[i].w, squares);
     }
-    return 1.0f / sqrtf(block_sum(squares, lds) / static_cast<float>(n) + eps);
+    return hip::inverse_rms(block_sum(squares, lds), n, eps);
   }
 };
 
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kNormThreads)
   if (norm != nullptr) {
     float squares = 0.0f;
     for (int64_t i = threadIdx.x; i < n; i += kNormThreads) squares = fmaf(xr[i], xr[i], squares);
-    inverse = 1.0f / sqrtf(block_sum(squares, lds) / static_cast<float>(n) + eps);
+    inverse = inverse_rms(block_sum(squares, lds), static_cast<int>(n), eps);
   }
   for (int64_t i = threadIdx.x; i < n; i += kNormThreads) {
     const float v = norm != nullptr ? (xr[i] * inverse) * norm[i] : xr[i];
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   if (gpu::lane() == 0) lds[gpu::wave()] = squares;
   __syncthreads();
   squares = gpu::lane() < kRowThreads / gpu::kWave ? lds[gpu::lane()] : make_float2(0.0f, 0.0f);
-  const float q_inverse = 1.0f / sqrtf(gpu::wave_sum(squares.x) / static_cast<float>(n_q) + p.eps);
-  const float k_inverse = 1.0f / sqrtf(gpu::wave_sum(squares.y) / static_cast<float>(n_kv) + p.eps);
+  const float q_inverse = inverse_rms(gpu::wave_sum(squares.x), n_q, p.eps);
+  const float k_inverse = inverse_rms(gpu::wave_sum(squares.y), n_kv, p.eps);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (at(i) >= n) break;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(gpu::kWave)
   float squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) squares = fmaf(x[j], x[j], squares);
-  const float inverse = 1.0f / sqrtf(gpu::wave_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
+  const float inverse = inverse_rms(gpu::wave_sum(squares), p.head_dim, p.eps);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const int i = j * gpu::kWave + gpu::lane();

@@ -69,24 +69,28 @@ class NormRows {
     if (gpu::lane() % kLanes == 0 && of < Rows * kParts) sums[of / kParts][of % kParts * Waves + gpu::wave()] = sum;
     GroupScale* const scales = reinterpret_cast<GroupScale*>(out + Rows * n_);
     const int groups = n_ / 32;
+    // No branch: what is past the end goes along, and the parts wait for their shuffles together.
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        if (at(i) - 4 * gpu::lane() >= n_) continue;  // the whole wave is past the end
-        const float4 scaled = in_.norm != nullptr ? times(v[r][i], weight_[i]) : v[r][i];
-        const GroupScale s = quantize_quad(scaled, reinterpret_cast<int8_t*>(out) + r * n_ + (at(i) & ~31), at(i) < n_);
-        if (at(i) < n_ && gpu::lane() % 8 == 0) scales[r * groups + at(i) / 32] = s;
+        const QuantQuad quad = quantize_quad(in_.norm != nullptr ? times(v[r][i], weight_[i]) : v[r][i]);
+        if (at(i) < n_) *reinterpret_cast<uint32_t*>(out + r * n_ + at(i)) = quad.bytes;
+        if (at(i) < n_ && gpu::lane() % 8 == 0) scales[r * groups + at(i) / 32].d = quad.d;
       }
     }
     __syncthreads();
-    if (in_.norm == nullptr) return;
     constexpr int kRowWaves = Waves / Rows;  // waves to a row
     const int row = gpu::wave() / kRowWaves;
     if (row < Rows) {
-      const float inverse = 1.0f / sqrtf(gpu::wave_sum(sums[row][gpu::lane()]) / static_cast<float>(n_) + in_.eps);
+      const float squares = gpu::wave_sum(sums[row][gpu::lane()]);
+      const float inverse = in_.norm != nullptr ? inverse_rms(squares, n_, in_.eps) : 1.0f;
+#pragma unroll 1
       for (int g = gpu::wave() % kRowWaves * gpu::kWave + gpu::lane(); g < groups; g += kRowWaves * gpu::kWave) {
-        scales[row * groups + g].d *= inverse;
+        const int4* q = reinterpret_cast<const int4*>(out + row * n_ + g * 32);
+        const int4 ones = make_int4(0x01010101, 0x01010101, 0x01010101, 0x01010101);
+        GroupScale& s = scales[row * groups + g];
+        s = {s.d * inverse, dot_bytes(q[1], ones, dot_bytes(q[0], ones, 0))};
       }
     }
     __syncthreads();

@@ -255,6 +255,8 @@ std::common_type_t<T, U> max(T a, U b) {
 #define __builtin_amdgcn_sudot4(as, a, bs, b, c, clamp) ::emulator::dot4(as, a, bs, b, c)
 #define __builtin_amdgcn_perm(a, b, pick) ::emulator::permute(a, b, pick)
 #define __builtin_amdgcn_exp2f(v) ::exp2f(v)
+#define __builtin_amdgcn_rcpf(v) (1.0f / (v))
+#define __builtin_amdgcn_rsqf(v) (1.0f / ::sqrtf(v))
 #define __builtin_amdgcn_wmma_i32_16x16x16_iu8_w32(as, a, bs, b, c, clamp) ::emulator::wmma_bytes(as, a, bs, b, c)
 #define __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(a, b, c) ::emulator::wmma_halves(a, b, c)
 #define __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(a, b, c) ::emulator::wmma_bf16(a, b, c)
