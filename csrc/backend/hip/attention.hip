@@ -47,7 +47,6 @@ struct AttentionArgs {
   float* out = nullptr;    // of the step's row 0
   MutableQuantRows quant;
   TakeIn in;
-  int norm_threads = 0;  // of the norm's own kernel
 
   // position: the step's.
   __device__ KeyRange keys(int row, int position) const {
@@ -63,22 +62,21 @@ struct AttentionArgs {
 constexpr int kRotations = 64;  // of a head at most
 
 // Normalises and rotates a block's queries, and the KV head's new key, which goes to the cache with its value. The sums
-// of squares are those of qkv_whole_kernel, in its order: a wave plays some waves of that kernel one after the other.
-// Vectors of 128 (four elements a lane): the queries, the key, the value, a wave each.
+// of squares are those of qkv_whole_kernel; those of tiles come from the product before. Vectors of 128 (four elements
+// a lane): the queries, the key, the value, a wave each. The last waves: with few keys they have nothing else to do.
 template <DType T, int Queries>
 class Intake {
  public:
   static constexpr int kHeadDim = 128, kItems = (Queries + 2 + kAttentionWaves - 1) / kAttentionWaves;
-  static constexpr int kParts = kNormThreads / kAttentionThreads, kHeldQ = kTakeInMost / (4 * kNormThreads);
+  static constexpr int kFours = kTakeInMost / (4 * kTile * gpu::kWave);  // sums of four tiles a lane has
 
   struct Shared {
     alignas(16) OwnElement<T> k[kHeadDim];
     alignas(16) OwnElement<T> v[kHeadDim];
-    float sums[2][gpu::kWave];
     float2 rotations[kRotations];
   };
 
-  // Before the wait.
+  // Before the wait, with a barrier.
   __device__ inline Intake(const AttentionArgs& p, Shared& lds, int position, int kv_head, int first_query, int queries,
                            bool own_key)
       : p_(p),
@@ -87,10 +85,13 @@ class Intake {
         first_head_(kv_head * (p.a.n_head / p.a.n_head_kv) + first_query),
         position_(position) {
     const QkvPost& post = p.in.post;
-    if (rotates()) frequency_ = post.inv_freq[rotation_at()];
+    const int rotation_at = kAttentionThreads - 1 - static_cast<int>(threadIdx.x);
+    if (rotation_at < post.n_rot / 2) {
+      lds.rotations[rotation_at] = rotation(static_cast<float>(position) * post.inv_freq[rotation_at], post.rope_scale);
+    }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int item = gpu::wave() + i * kAttentionWaves;
+      const int item = kAttentionWaves - 1 - gpu::wave() + i * kAttentionWaves;
       kind_[i] = item < queries ? kQ : own_key && item == Queries ? kK : own_key && item == Queries + 1 ? kV : kNone;
       head_[i] = first_head_ + item;
       const float* norm = kind_[i] == kQ   ? post.q_norm + head_[i] * kHeadDim
@@ -98,51 +99,29 @@ class Intake {
                                            : nullptr;
       if (norm != nullptr) weight_[i] = reinterpret_cast<const float4*>(norm)[gpu::lane()];
     }
+    __syncthreads();
   }
 
   // After it: everything that has to be read is on its way.
   __device__ inline void load() {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-#pragma unroll
-      for (int h = 0; h < kHeldQ; ++h) q_[i][h] = quad(p_.q, part_at(i) + h * p_.norm_threads * 4, n_q(), i);
-    }
-    k_ = quad(p_.in.k, part_at(0), n_k(), 0);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const float* x = kind_[i] == kQ   ? p_.q + head_[i] * kHeadDim
                        : kind_[i] == kK ? p_.in.k + kv_head_ * kHeadDim
                                         : p_.in.v + kv_head_ * kHeadDim;
       if (kind_[i] != kNone) item_[i] = reinterpret_cast<const float4*>(x)[gpu::lane()];
+      const float* squares = kind_[i] == kQ ? p_.in.q_squares : p_.in.k_squares;
+      const int fours = (kind_[i] == kQ ? n_q() : kind_[i] == kK ? n_k() : 0) / (4 * kTile);
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        const int at = gpu::lane() + j * gpu::kWave;
+        squares_[i][j] =
+            at < fours ? reinterpret_cast<const float4*>(squares)[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
     }
   }
 
   __device__ inline void run(float (&q_lds)[Queries][kHeadDim]) {
-    if (rotates()) {  // while what was asked for comes
-      lds_.rotations[rotation_at()] = rotation(static_cast<float>(position_) * frequency_, p_.in.post.rope_scale);
-    }
-    float sum[kParts];
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      sum[i] = 0.0f;
-#pragma unroll
-      for (int h = 0; h < kHeldQ; ++h) sum[i] = add_squares(q_[i][h], sum[i]);
-    }
-    float sum_k = add_squares(k_, 0.0f);
-#pragma unroll
-    for (int m = gpu::kWave / 2; m > 0; m >>= 1) {  // as wave_sum
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) sum[i] += gpu::shuffle_xor(sum[i], m);
-      sum_k += gpu::shuffle_xor(sum_k, m);
-    }
-    if (gpu::lane() == 0) {
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        lds_.sums[0][i * kAttentionWaves + gpu::wave()] = sum[i];
-        lds_.sums[1][i * kAttentionWaves + gpu::wave()] = i == 0 ? sum_k : 0.0f;
-      }
-    }
-    __syncthreads();
     const QkvPost& post = p_.in.post;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -150,7 +129,10 @@ class Intake {
       const int dim = gpu::lane() * 4;
       float4 r = item_[i];
       if (kind_[i] != kV) {
-        const float squares = gpu::wave_sum(lds_.sums[kind_[i] == kQ ? 0 : 1][gpu::lane()]);
+        float squares = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) squares += sum_of_four(squares_[i][j]);
+        squares = gpu::wave_sum(squares);
         const int n = kind_[i] == kQ ? n_q() : n_k();
         r = times(r, inverse_rms(squares, n, post.eps), weight_[i]);
         const float4 other = shuffle_quad(r, post.n_rot / 8);
@@ -172,31 +154,16 @@ class Intake {
 
  private:
   enum Kind { kNone, kQ, kK, kV };
-  // The last threads make the rotations: with few keys their waves have nothing else to do.
-  __device__ inline int rotation_at() const { return kAttentionThreads - 1 - static_cast<int>(threadIdx.x); }
-  __device__ inline bool rotates() const { return rotation_at() < p_.in.post.n_rot / 2; }
   __device__ inline int n_q() const { return p_.a.n_head * kHeadDim; }
   __device__ inline int n_k() const { return p_.a.n_head_kv * kHeadDim; }
-  __device__ inline int part_at(int i) const {
-    return ((i * kAttentionWaves + gpu::wave()) * gpu::kWave + gpu::lane()) * 4;
-  }
-  // Four elements, or zeros where the norm's kernel has no thread or no element.
-  __device__ inline float4 quad(const float* x, int at, int n, int part) const {
-    const bool there = part_at(part) < p_.norm_threads * 4 && at < n;
-    return there ? *reinterpret_cast<const float4*>(x + at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-  static __device__ inline float add_squares(const float4& v, float s) {
-    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, s))));
-  }
 
   const AttentionArgs& p_;
   Shared& lds_;
   int kv_head_, first_head_, position_;
-  float frequency_;
   Kind kind_[kItems];
   int head_[kItems];
   float4 weight_[kItems], item_[kItems];
-  float4 q_[kParts][kHeldQ], k_;
+  float4 squares_[kItems][kFours];
 };
 
 // A hint while the kernel before ends: keys and values [begin, end) of the cache.
@@ -468,7 +435,6 @@ void launch_attention(gpu::Stream s, const Attention& a, int rows, Position pos0
   args.out = out;
   args.quant = quant;
   args.in = in;
-  args.norm_threads = static_cast<int>(norm_threads(static_cast<int64_t>(a.n_head) * a.head_dim));
   args.ml = reinterpret_cast<float2*>(scratch);
   args.o = scratch + 2 * static_cast<int64_t>(chunk) * a.n_head * args.max_splits;
   for (int row = 0; row < rows; row += chunk) {

@@ -10,12 +10,16 @@ struct OutList {
   TiledOut out[kMaxOuts];
   int first_tile[kMaxOuts + 1];  // tiles of the outputs before
   int tiles;                     // of all outputs
+  int segments;                  // of K that have groups
+  float* squares;                // [tiles] or null: the sum of a tile's squared outputs (one row with its norm)
 
   int n_in() const { return out[0].w.groups * 32; }
 };
 
-inline OutList out_list(const TiledOut* outs, int n_outs) {
+inline OutList out_list(const TiledOut* outs, int n_outs, float* squares = nullptr) {
   OutList list = {};
+  list.squares = squares;
+  list.segments = segment_count(outs[0].w.groups);
   for (int i = 0; i < n_outs; ++i) {
     list.out[i] = outs[i];
     list.first_tile[i + 1] = list.first_tile[i] + outs[i].w.tiles;

@@ -52,6 +52,7 @@ class Scratch {
     kExpertWords,
     kRowWords,
     kPartials,
+    kSquares,
     kTop1,
     kSamplingInputs,
     kSampling,

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       }
     }
     __syncthreads();
-    const int segments = gate.segments;
+    const int segments = segment_count(gate.groups);
     for (int i = wave; i < count; i += kSegments) {
       const float v = add_segments<MaxRows>(sums[0], segments, i, gpu::lane());
       const float w = add_segments<MaxRows>(sums[1], segments, i, gpu::lane());
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kDownThreads, gpu::few_blocks(MaxRows) / 2)
   if (wave < choice.rows && n < down.n_out) before = x[wave * down.n_out + n];
   weigh_few(choice, g);
   float* y = reinterpret_cast<float*>(memory.ring(lds, gpu::kStaged ? 2 * kSegments : 0));  // [pairs, 32]
-  const int segments = down.segments;
+  const int segments = segment_count(down.groups);
   InputRows all = {act.q + span.g0 * 32, act.scale + span.g0, down.groups * 32, down.groups};
   if constexpr (gpu::kStaged && MaxRows == 1) {  // a row for each expert: all at once
     const int most = (choice.top_k + 1) / 2;

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kQueueThreads, 1)
     multiply<F>(stream, acts, t.down ? nullptr : g.rows + first, count, buffer[half][segment]);
     __syncthreads();
     if (!t.down) {
-      const int segments = w.gate.segments;
+      const int segments = segment_count(w.gate.groups);
       for (int i = (wave + k) % kQueueWaves; i < count; i += kQueueWaves) {
         const float gate = add_segments<kRows>(buffer[0], segments, i, lane);
         const float up = add_segments<kRows>(buffer[1], segments, i, lane);
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kQueueThreads, 1)
         post_group(swiglu(gate, up), words.q + group * 8, words.scale + group * 2, launch);
       }
     } else {
-      const int segments = w.down.segments, both = min(2, w.down.tiles - t.tile) * count;
+      const int segments = segment_count(w.down.groups), both = min(2, w.down.tiles - t.tile) * count;
       for (int i = (wave + 2 * k) % kQueueWaves; i < both; i += kQueueWaves) {
         const int tile = i / count, row = i % count;
         const float v = add_segments<kRows>(buffer[tile], segments, row, lane);

@@ -36,9 +36,10 @@ struct Divisor {
 
 // What the host works out for all blocks.
 struct RowShape {
-  int per_block;  // columns of down
-  Divisor tiles;  // of gate
-  Divisor slots;  // top_k
+  int per_block;                 // columns of down
+  int in_segments, ff_segments;  // of gate and up, of down
+  Divisor tiles;                 // of gate
+  Divisor slots;                 // top_k
 };
 
 // What a block makes: pairs of a gate and an up tile first, first + step, ... of all experts (waves 0..7 gate, 8..15
@@ -187,7 +188,7 @@ __global__ void DFLASH_REGISTERS(96)
   __syncthreads();
   // The experts of the tiles that the ring begins with.
   const int last = block + (kSlots - 1) * blocks;
-  const int soon = w.gate.segments == kSegments && last < share.pairs ? shape.tiles.of(last) + 1 : top_k;
+  const int soon = shape.in_segments == kSegments && last < share.pairs ? shape.tiles.of(last) + 1 : top_k;
   LaneExperts list;
   if (chooses) {
     uint32_t key[kExpertsPerLane];
@@ -240,7 +241,7 @@ __global__ void DFLASH_REGISTERS(96)
     }
     __syncthreads();
     if (wave == made % kRowWaves) {
-      const int segments = w.gate.segments;
+      const int segments = shape.in_segments;
       const float gate = add_segments<1>(sums[made % 2][0], segments, 0, lane);
       const float up = add_segments<1>(sums[made % 2][1], segments, 0, lane);
       post_group_words(swiglu(gate, up), acts_words + static_cast<int64_t>(pair) * kGroupWords, launch);
@@ -254,7 +255,7 @@ __global__ void DFLASH_REGISTERS(96)
   const float before = writes ? out[mine_column] : 0.0f;
   __syncthreads();
   // A job's sum in place of its first segment's.
-  const int segments = w.down.segments;
+  const int segments = shape.ff_segments;
 #pragma unroll 1
   for (int i = wave; i < share.jobs; i += kRowWaves) {
     const float sum = add_segments<1>(down_sums[i], segments, 0, lane);
@@ -297,7 +298,8 @@ bool launch_experts_row(gpu::Stream s, DType type, const TiledWeight& gate, cons
              gpu::blocks_that_fit(kernel, kRowThreads, shared) > 0;
       if (!fits) return;
       const ExpertTiles w = {gate, up, down};
-      const RowShape shape = {per_block, Divisor(gate.tiles), Divisor(c.top_k)};
+      const RowShape shape = {per_block, segment_count(gate.groups), segment_count(down.groups), Divisor(gate.tiles),
+                              Divisor(c.top_k)};
       ExpertWords words;
       words.launch = launch;
       gpu::launch_shared(s, dim3(static_cast<unsigned>((columns + per_block - 1) / per_block)), kRowThreads, shared,

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       tile_segment<F, MaxRows, false>(stream, acts, row_of, count, mine + half * MaxRows);
     }
     __syncthreads();
-    const int segments = w.gate.segments;
+    const int segments = segment_count(w.gate.groups);
     for (int i = (wave + k) % kSegments; i < count; i += kSegments) {
       const float gate = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + i, gpu::lane());
       const float up = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + MaxRows + i, gpu::lane());
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       tile_segment<F, MaxRows, false>(stream, acts, row_of, batch.first_row[t + 1] - first, sums[wave] + first);
     }
     __syncthreads();
-    const int segments = w.down.segments;
+    const int segments = segment_count(w.down.groups);
     for (int row = wave; row < batch_count; row += kSegments) {
       const int64_t column = static_cast<int64_t>(batch.task[batch.tile_of(row)].tile) * kTile + gpu::lane();
       const float v = add_segments<kSums>(sums, segments, row, gpu::lane());

@@ -70,7 +70,7 @@ class HipBackend final : public Backend {
   }
 
   void upload(void* dst, const void* src, size_t bytes) override {
-    if (waits()) begin_op();
+    begin_op();
     if (bytes <= kSmallUpload) return launch_store(stream_, dst, src, bytes);
     char* to = static_cast<char*>(dst);
     const char* from = static_cast<const char*>(src);
@@ -170,9 +170,12 @@ class HipBackend final : public Backend {
   }
 
   void qkv_post(const QkvPost& p, Step step, float* q, float* k, const float* v, const KvLayer& kv) override {
+    const float* const q_squares = squares_.of(q);
+    const float* const k_squares = squares_.of(k);
     begin_op();
-    if (q != nullptr && (attention_can_take_in(p, step.rows) || qkv_post_by_rows(p, step.rows))) {
-      pending_ = {true, p, step, q, k, v, kv};
+    const bool takes_in = attention_can_take_in(p, step.rows) && q_squares != nullptr && k_squares != nullptr;
+    if (takes_in || (q != nullptr && qkv_post_by_rows(p, step.rows))) {
+      pending_ = {true, step, q, kv, {p, k, v, q_squares, k_squares}, takes_in};
     } else {
       launch_qkv_post(stream_, p, step.rows, position(step), q, k, v, kv);
     }
@@ -183,14 +186,14 @@ class HipBackend final : public Backend {
     const bool many = attention_many_takes(a, step.rows, kv);
     bool half_q = false;
     if (pending_.waiting && pending_.q == q && pending_.kv.k == kv.k && pending_.step.pos0 == step.pos0 &&
-        pending_.step.rows == step.rows && pending_.post.n_head == a.n_head) {
+        pending_.step.rows == step.rows && pending_.in.post.n_head == a.n_head) {
       half_q = many;
-      if (!many && attention_can_take_in(pending_.post, step.rows)) in = {pending_.post, pending_.k, pending_.v};
+      if (!many && pending_.takes_in) in = pending_.in;
       pending_.waiting = !many && in.k == nullptr;
     }
     begin_op();
     if (half_q) {
-      launch_qkv_post(stream_, pending_.post, step.rows, position(step), pending_.q, pending_.k, pending_.v, kv, true);
+      send_pending(true);
     }
     if (many) {
       const int64_t n = static_cast<int64_t>(a.n_head) * a.head_dim;
@@ -326,16 +329,21 @@ class HipBackend final : public Backend {
   // Every op starts here: what the op before left in scratch no longer counts.
   void begin_op() {
     quantized_x_ = nullptr;
+    squares_.n = 0;
     if (pending_.waiting) {
       pending_.waiting = false;
-      launch_qkv_post(stream_, pending_.post, pending_.step.rows, position(pending_.step), pending_.q, pending_.k,
-                      pending_.v, pending_.kv);
+      send_pending(false);
     }
     if (late_.out != nullptr) attend(late_.out);
     if (weights_on_their_way_) {  // kernels read weights before they wait for the kernels before them
       GPU_CHECK(StreamSynchronize(stream_));
       weights_on_their_way_ = false;
     }
+  }
+  void send_pending(bool half_q) {
+    const TakeIn& in = pending_.in;
+    launch_qkv_post(stream_, in.post, pending_.step.rows, position(pending_.step), pending_.q, in.k, in.v, pending_.kv,
+                    half_q);
   }
   bool waits() const { return pending_.waiting || late_.out != nullptr; }
 
@@ -411,6 +419,21 @@ class HipBackend final : public Backend {
     }
   }
 
+  // Where one row's products leave the squares of their tiles.
+  float* leave_squares(const TiledOut* outs, int n_outs) {
+    int64_t tiles = 0;
+    for (int i = 0; i < n_outs; ++i) tiles += outs[i].w.tiles;
+    float* const squares = work_->floats(Scratch::kSquares, 1, tiles);
+    int64_t first = 0;
+    for (int i = 0; i < n_outs; ++i) {
+      squares_.y[i] = outs[i].y;
+      squares_.squares[i] = first % 4 == 0 ? squares + first : nullptr;  // they are read by fours
+      first += outs[i].w.tiles;
+    }
+    squares_.n = n_outs;
+    return squares;
+  }
+
   void multiply(const float* x, const float* norm, float eps, int rows, const MatmulOut* outs, int n_outs, bool add) {
     const int64_t n = outs[0].w->n_in;
     bool any_tiled = false, any_float = false, one_type = n_outs <= kMaxOuts;
@@ -422,7 +445,8 @@ class HipBackend final : public Backend {
       TiledOut list[kMaxOuts];
       for (int i = 0; i < n_outs; ++i) list[i] = {tiled(*outs[i].w), outs[i].y};
       if (matmul_can_norm(outs[0].w->type, list, n_outs, rows)) {
-        return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, rows, add);
+        float* const squares = rows == 1 && norm != nullptr ? leave_squares(list, n_outs) : nullptr;
+        return launch_norm_matmul(stream_, outs[0].w->type, list, n_outs, {x, norm, eps}, rows, add, squares);
       }
     }
     MutableQuantRows q;
@@ -470,15 +494,28 @@ class HipBackend final : public Backend {
   int quantized_rows_ = 0;
   int64_t quantized_n_ = 0;
 
+  // Squares that a norm_matmul of one row left for the qkv_post that follows, if that is of its outputs.
+  struct LeftSquares {
+    int n = 0;
+    const float* y[kMaxOuts];
+    const float* squares[kMaxOuts];
+    const float* of(const float* output) const {
+      for (int i = 0; i < n; ++i) {
+        if (y[i] == output) return squares[i];
+      }
+      return nullptr;
+    }
+  };
+  LeftSquares squares_;
+
   // A qkv_post that the attention after it takes over, or has leave q in f16; any other call sends it off by itself.
   struct PendingQkv {
     bool waiting = false;
-    QkvPost post;
     Step step;
     float* q = nullptr;
-    float* k = nullptr;
-    const float* v = nullptr;
     KvLayer kv;
+    TakeIn in;
+    bool takes_in = false;
   };
   PendingQkv pending_;
   // Attention of many rows: whether its f32 rows are needed the next op says.

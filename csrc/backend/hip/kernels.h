@@ -44,7 +44,9 @@ void launch_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, 
 
 // The same of rms_norm(x.x, x.norm) for a few rows, which saves a launch.
 bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows);
-void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add);
+// squares: of one row, [tiles of all outputs] tile_squares() of each, or null.
+void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add,
+                        float* squares = nullptr);
 
 // act[row] = int8 groups of silu(gate x[row]) * up x[row] for 1..kFewRows rows.  x [rows, n_embd], act [rows, n_ff]
 void launch_gate_up_dense(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, QuantRows x,
@@ -176,8 +178,10 @@ size_t attention_scratch_bytes(const Attention& a, int rows, int n_keys);
 bool attention_can_take_in(const QkvPost& p, int rows);
 struct TakeIn {
   QkvPost post;
-  const float* k = nullptr;  // [rows, n_head_kv * head_dim]; null: q, k and v are in order already
+  float* k = nullptr;  // [rows, n_head_kv * head_dim]; null: q, k and v are in order already
   const float* v = nullptr;
+  const float* q_squares = nullptr;  // of the tiles of q and k, as launch_norm_matmul leaves them
+  const float* k_squares = nullptr;
 };
 // n_keys bounds pos0 + rows (in a recorded step: the whole cache). arrived [kAttentionCounters], zero between launches.
 // quant: the int8 groups of out.

@@ -39,13 +39,17 @@ struct QuantRows {
 struct TiledWeight {
   const uint8_t* quants = nullptr;
   const uint16_t* scales = nullptr;
-  int groups = 0;    // n_in / 32
-  int tiles = 0;     // of one expert
-  int segments = 0;  // that have groups
+  int groups = 0;  // n_in / 32
+  int tiles = 0;   // of one expert
   int64_t n_out = 0;
 };
 
 __host__ __device__ inline int segment_groups(int groups) { return (groups + kSegments - 1) / kSegments; }
+__host__ __device__ inline int segment_count(int groups) {  // counted: a division takes longer
+  int count = 0;
+  for (int s = 0; s < kSegments; ++s) count += s * segment_groups(groups) < groups;
+  return count;
+}
 
 // The sum over segments starts here: -0 + x is x for every x, signed zeros included.
 inline constexpr float kEmptySum = -0.0f;

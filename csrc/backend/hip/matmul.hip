@@ -75,8 +75,12 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     for (int i = 0; i * kSegments < MaxRows; ++i) {
       const int r = wave + i * kSegments;
       if (r >= in.rows) break;
-      const float v = add_segments<MaxRows>(partial[buffer], list.out[0].w.segments, r, gpu::lane());
+      const float v = add_segments<MaxRows>(partial[buffer], list.segments, r, gpu::lane());
       if (n < out.w.n_out) out.y[r * out.w.n_out + n] = add ? before[i] + v : v;
+      if (Norm && list.squares != nullptr) {
+        const float squares = tile_squares(n < out.w.n_out ? v : 0.0f);
+        if (gpu::lane() == 0) list.squares[tile] = squares;
+      }
     }
     if (kBuffers == 1) __syncthreads();
     buffer = kBuffers - 1 - buffer;
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   if constexpr (gpu::kStaged) {
     if (memory.acts > 0) x = stage_acts(memory.act_rows(lds, wave), in, span, row_of, rows, memory.acts);
   }
-  const int segments = gate.segments;
+  const int segments = segment_count(gate.groups);
   for (int tile = first; tile < tiles; tile += step) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -299,8 +303,9 @@ bool matmul_can_norm(DType type, const TiledOut* outs, int n_outs, int rows) {
   return norm_fits(list.n_in()) && (rows == 1 || resident_fits(type, list, rows, true));
 }
 
-void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add) {
-  const OutList list = out_list(outs, n_outs);
+void launch_norm_matmul(gpu::Stream s, DType type, const TiledOut* outs, int n_outs, NormInput x, int rows, bool add,
+                        float* squares) {
+  const OutList list = out_list(outs, n_outs, squares);
   const FewInput in = {{}, x, rows};
   if (launch_resident(s, type, list, in, add)) return;
   with_format(type, [&](auto format) { matmul_few<decltype(format), 1, true>(s, list, in, add); });

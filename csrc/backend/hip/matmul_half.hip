@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kHalfThreads, 1) matmul_half_kernel(OutList li
     store_half(acc, half, rows, sums[turn % 2][segment]);
     __syncthreads();
     if (!stores) continue;
-    const float v = add_segments<kHalfRows>(sums[turn % 2], list.out[0].w.segments, row, gpu::lane());
+    const float v = add_segments<kHalfRows>(sums[turn % 2], list.segments, row, gpu::lane());
     out.y[row * out.w.n_out + n] = add ? before + v : v;
   }
 }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kHalfThreads, 1)
   acts.q += span.g0 * 32;
   acts.scale += span.g0;
   __syncthreads();
-  const int segments = gate.segments;
+  const int segments = segment_count(gate.groups);
   int turn = 0;
 #pragma unroll 1
   for (int tile = first; tile < gate.tiles; tile += step, ++turn) {

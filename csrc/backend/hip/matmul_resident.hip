@@ -121,9 +121,13 @@ __global__ void __launch_bounds__(kWaves* gpu::kWave, Rows == 1 ? 2 : 1)
     if (Shared && turn == 0) __syncthreads();
   }
   __syncthreads();
-  if (!stores) return;
-  const float v = add_segments<Rows>(sum, list.out[0].w.segments, segment, gpu::lane());
-  out.y[segment * out.w.n_out + n] = add ? before + v : v;
+  if (!there || wave - (Shared ? 0 : half * kSegments) >= Rows) return;
+  const float v = add_segments<Rows>(sum, list.segments, segment, gpu::lane());
+  if (stores) out.y[segment * out.w.n_out + n] = add ? before + v : v;
+  if (Norm && Rows == 1 && list.squares != nullptr) {
+    const float squares = tile_squares(stores ? v : 0.0f);
+    if (gpu::lane() == 0) list.squares[tile] = squares;
+  }
 }
 
 // Two waves to a segment?

@@ -131,7 +131,7 @@ constexpr int kMostPairs = 64;
 // are powers of two of at least 4, so a rotation's other half is n_rot / 8 lanes away.
 __global__ void __launch_bounds__(kNormThreads)
     qkv_whole_kernel(QkvPost p, Position pos0, float* q, float* k, const float* v, KvLayer kv) {
-  __shared__ float lds[kNormWaves];
+  __shared__ float fours[kVectorMost / (4 * kTile)];
   __shared__ float2 turns[kMostPairs];
   const int row = static_cast<int>(blockIdx.x);
   const int part = static_cast<int>(blockIdx.y);
@@ -145,7 +145,16 @@ __global__ void __launch_bounds__(kNormThreads)
   if (part == kPartQ && q == nullptr) return;
   const float* x = (part == kPartQ ? q : part == kPartK ? k : v) + static_cast<int64_t>(row) * n;
   const HeldRow held(x, n);
-  const float inverse = part != kPartV ? held.inverse_rms(n, p.eps, lds) : 1.0f;  // waits for the turns too
+  if (part != kPartV) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const float squares = four_tiles_squares(held.v[i]);
+      if (gpu::lane() == 0 && HeldRow::at(i) < n) fours[HeldRow::at(i) / (4 * kTile)] = squares;
+    }
+  }
+  __syncthreads();  // for the turns too
+  const int count = (n + 4 * kTile - 1) / (4 * kTile);
+  const float inverse = part != kPartV ? inverse_rms(sum_of_fours(fours, count), n, p.eps) : 1.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = HeldRow::at(i), dim = at & (p.head_dim - 1);
@@ -171,7 +180,7 @@ constexpr int64_t kRowMost = kRowThreads * kHeld * 4;  // elements of q, k and v
 
 __global__ void __launch_bounds__(kRowThreads, 2)
     qkv_row_kernel(QkvPost p, Position pos0, float* q, bool half_q, const float* k, const float* v, KvLayer kv) {
-  __shared__ float2 lds[kRowThreads / gpu::kWave];
+  __shared__ float fours[kRowMost / (4 * kTile)];
   __shared__ float2 turns[kMostPairs];
   const int64_t row = blockIdx.x;
   const int n_q = q != nullptr ? p.n_head * p.head_dim : 0, n_kv = p.n_head_kv * p.head_dim, n = n_q + 2 * n_kv;
@@ -203,19 +212,15 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   if (static_cast<int>(threadIdx.x) < p.n_rot / 2) {
     turns[threadIdx.x] = rotation(static_cast<float>(position) * p.inv_freq[threadIdx.x], p.rope_scale);
   }
-  float2 squares = make_float2(0.0f, 0.0f);  // of q and k
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const float s = sum_of_squares(held[i]);
-    if (part(i) == kPartQ) squares.x += s;
-    if (part(i) == kPartK) squares.y += s;
+    const float squares = four_tiles_squares(held[i]);
+    if (gpu::lane() == 0) fours[at(i) / (4 * kTile)] = squares;
   }
-  squares = make_float2(gpu::wave_sum(squares.x), gpu::wave_sum(squares.y));
-  if (gpu::lane() == 0) lds[gpu::wave()] = squares;
   __syncthreads();
-  squares = gpu::lane() < kRowThreads / gpu::kWave ? lds[gpu::lane()] : make_float2(0.0f, 0.0f);
-  const float q_inverse = inverse_rms(gpu::wave_sum(squares.x), n_q, p.eps);
-  const float k_inverse = inverse_rms(gpu::wave_sum(squares.y), n_kv, p.eps);
+  const int q_fours = n_q / (4 * kTile), k_fours = n_kv / (4 * kTile);
+  const float q_inverse = inverse_rms(sum_of_fours(fours, q_fours), n_q, p.eps);
+  const float k_inverse = inverse_rms(sum_of_fours(fours + q_fours, k_fours), n_kv, p.eps);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (at(i) >= n) break;

@@ -37,6 +37,26 @@ __device__ inline float sum_of_squares(const float4& v) {
   return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
 }
 
+// The sums of squares of q's and k's norms. The product that makes a tile of 32 elements leaves the tile's sum, so
+// these come first; then four tiles are added, then every 32nd of the fours, then these 32. A lane has an element, or
+// four.
+template <int Lanes>
+__device__ inline float sum_upwards(float s) {  // of lanes whose numbers differ below Lanes, the nearest first
+  if constexpr (Lanes > 2) s = sum_upwards<Lanes / 2>(s);
+  return s + gpu::shuffle_xor<Lanes / 2>(s);
+}
+__device__ inline float tile_squares(float v) { return sum_upwards<kTile>(v * v); }
+__device__ inline float sum_of_four(const float4& v) { return (v.x + v.y) + (v.z + v.w); }
+__device__ inline float four_tiles_squares(const float4& v) {
+  return sum_upwards<gpu::kWave>(sum_of_four(make_float4(v.x * v.x, v.y * v.y, v.z * v.z, v.w * v.w)));
+}
+// For every lane of a wave; fours [count] in shared memory.
+__device__ inline float sum_of_fours(const float* fours, int count) {
+  float sum = 0.0f;
+  for (int i = gpu::lane(); i < count; i += gpu::kWave) sum += fours[i];
+  return gpu::wave_sum(sum);
+}
+
 // A block of Waves waves. Construct before the wait for the kernel before, run() after it.
 template <int Rows, int Waves>
 class NormRows {

@@ -221,7 +221,6 @@ TiledWeight tiled(const Weight& w) {
   TiledWeight t;
   t.groups = static_cast<int>(w.n_in / 32);
   t.tiles = static_cast<int>((w.n_out + kTile - 1) / kTile);
-  t.segments = t.groups == 0 ? 0 : (t.groups + segment_groups(t.groups) - 1) / segment_groups(t.groups);
   t.n_out = w.n_out;
   const int64_t quant_bytes = w.type == DType::Q8_0 ? FormatQ8_0::kQuantBytes : FormatQ4_0::kQuantBytes;
   t.quants = static_cast<const uint8_t*>(w.data);
