@@ -23,17 +23,26 @@ struct alignas(8) Task {
   int down;
 };
 
+// What the host works out for all blocks.
+struct QueueShape {
+  int ff_tiles, pairs;  // of gate; of down, in pairs
+  bool begins_early;    // a block's first task is known with row 0's choice
+  Divisor by_ff_tiles, by_pairs;
+};
+
 // The queue's tasks by number.
 struct Tasks {
-  int units, ff_tiles, pairs, count;
+  const QueueShape& shape;
+  int units, count;
 
-  __device__ Tasks(int items, int ff, int down)
-      : units(items * ff), ff_tiles(ff), pairs((down + 1) / 2), count(units + items * pairs) {}
+  __device__ Tasks(int items, const QueueShape& s)
+      : shape(s), units(items * s.ff_tiles), count(units + items * s.pairs) {}
 
   __device__ Task at(int n) const {
     if (n >= count) return {-1, 0, 0};
     const bool down = n >= units;
-    const int m = down ? n - units : n, tiles = down ? pairs : ff_tiles, item = m / tiles;
+    const int m = down ? n - units : n, tiles = down ? shape.pairs : shape.ff_tiles;
+    const int item = down ? shape.by_pairs.of(m) : shape.by_ff_tiles.of(m);
     return {static_cast<int16_t>(item), static_cast<int16_t>((m - item * tiles) * (down ? 2 : 1)), down};
   }
 };
@@ -67,6 +76,15 @@ class QueueStream {
   __device__ inline void start() {
 #pragma unroll 1
     for (int s = 0; s < Slots; ++s) copy(lds_ + s * slot_bytes_);
+  }
+
+  // The same where the first task's expert is known sooner than the queue: a tile of gate and up.
+  __device__ inline void start_with(int expert, int tile) {
+    static_assert(Slots == 1, "one chunk");
+    run_.set(TileView<F>(gpu::wave() < kSegments ? w_.gate : w_.up, expert, tile), in_);
+    run_.copy_chunk(lds_);
+    gpu::copy_commit();
+    task_ = 1;
   }
 
   // The groups that take() hands out: a task's.
@@ -180,13 +198,14 @@ __device__ inline void multiply(Stream& stream, const ActRows& x, const int16_t*
 template <typename F>
 __global__ void __launch_bounds__(kQueueThreads, 1)
     experts_queue_kernel(ExpertTiles w, QuantRows x, FewChoice choice, QueueMemory memory, ExpertWords words,
-                         float* out) {
+                         QueueShape shape, float* out) {
   DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<kRows> sums[2][2];  // of half a block's tile; taken in turn
   __shared__ Grouping<kRows> g;
   __shared__ Task queue[kQueue];
-  __shared__ uint32_t launch;  // its number
-  __shared__ int turn;         // launches of this kernel take turns with two counters
+  __shared__ uint32_t launch;   // its number
+  __shared__ int first_expert;  // of the block's first task
+  __shared__ int turn;          // launches of this kernel take turns with two counters
   constexpr int kSlots = kQueueSlots;
   const int wave = gpu::wave(), lane = gpu::lane(), half = wave / kSegments, segment = wave % kSegments;
   const int rows = choice.rows, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
@@ -195,6 +214,9 @@ __global__ void __launch_bounds__(kQueueThreads, 1)
   uint8_t* const mine = lds + wave * memory.wave_bytes(kSlots);
   uint8_t* const act_area = mine + kSlots * memory.slot_bytes;
   RowChoice<kRows> chooser(choice);
+  const int first_item = shape.by_ff_tiles.of(block);
+  const bool early = shape.begins_early && first_item < choice.top_k;
+  QueueStream<F, kSlots> stream(mine, memory.slot_bytes, queue, w, g, words, in, ff);
   gpu::wait_only();
   chooser.load();
   const uint32_t launch0 = numbers ? launch_number(words) : 0;
@@ -205,12 +227,12 @@ __global__ void __launch_bounds__(kQueueThreads, 1)
     launch = launch0;
     turn = turn0;
   }
+  if (early) stream.start_with(chooser.first_row(first_item, &first_expert), block - first_item * shape.ff_tiles);
   chooser.group(g);
-  const Tasks tasks(g.items, w.gate.tiles, w.down.tiles);
+  const Tasks tasks(g.items, shape);
   if (threadIdx.x < kQueue) queue[threadIdx.x] = tasks.at(block + static_cast<int>(threadIdx.x) * blocks);
   __syncthreads();
-  QueueStream<F, kSlots> stream(mine, memory.slot_bytes, queue, w, g, words, in, ff);
-  stream.start();
+  if (!early) stream.start();
   int noted = 0;  // blocks that have read the launch's number before
   if (numbers) {
     words.launch[4 - turn0] = 0;  // the next launch's counter
@@ -317,10 +339,13 @@ bool launch_experts_queue(gpu::Stream s, DType type, const TiledWeight& gate, co
       QueueMemory shape;
       const size_t shared = queue_memory<F>(shape, c.rows, gate.groups, down.groups);
       const auto kernel = experts_queue_kernel<F>;
+      const int pairs = (down.tiles + 1) / 2;
+      const QueueShape tasks = {gate.tiles, pairs, begins_with_a_tile<F>(gate.groups, kQueueSlots), Divisor(gate.tiles),
+                                Divisor(pairs)};
       fits = c.rows <= kRows && gpu::blocks_that_fit(kernel, kQueueThreads, shared) > 0;
       if (!fits) return;
       const dim3 grid(static_cast<unsigned>(gpu::compute_units()));
-      gpu::launch_shared(s, grid, kQueueThreads, shared, kernel, w, x, c, shape, words, out);
+      gpu::launch_shared(s, grid, kQueueThreads, shared, kernel, w, x, c, shape, words, tasks, out);
     }
   });
   return fits;

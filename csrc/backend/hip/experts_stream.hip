@@ -14,6 +14,12 @@ namespace dflash::hip {
 
 namespace {
 
+// What the host works out for all blocks.
+struct StreamShape {
+  bool begins_early;  // a block's first tile is known with row 0's choice
+  Divisor ff_tiles, down_tiles;
+};
+
 // What a block does: gate and up tiles blockIdx, blockIdx + gridDim, ... of all experts' (by expert); then down tiles.
 // Blocks that have one gate and up tile less than others take as many down tiles as make up for it first, of experts
 // whose gate and up tiles are made in the rounds that all blocks have.
@@ -23,11 +29,15 @@ class Work {
     int item, tile;
   };
 
-  __device__ Work(int items, int ff_tiles, int down_tiles, int ff_groups, int down_groups)
-      : ff_tiles_(ff_tiles), down_tiles_(down_tiles) {
+  // Nothing is known before set().
+  __device__ Work(const StreamShape& shape, int ff_tiles, int down_tiles)
+      : shape_(shape), ff_tiles_(ff_tiles), down_tiles_(down_tiles) {}
+
+  __device__ inline void set(int items, int ff_groups, int down_groups) {
+    const int ff_tiles = ff_tiles_, down_tiles = down_tiles_;
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
     const int units = items * ff_tiles, downs = items * down_tiles, rounds = units / blocks, more = units % blocks;
-    const int made = rounds * blocks / ff_tiles;  // experts
+    const int made = shape_.ff_tiles.of(rounds * blocks);  // experts
     light_ = blocks - more;
     const int alike = (2 * ff_groups + down_groups / 2) / down_groups;  // down tiles as dear as one of gate and up
     const int early = more == 0 ? 0 : min(alike, made * down_tiles / light_);
@@ -44,16 +54,22 @@ class Work {
   __device__ int count() const { return count_; }
   __device__ Task task(int k) const {
     const int blocks = static_cast<int>(gridDim.x);
-    if (k < gate_up_) return split(static_cast<int>(blockIdx.x) + k * blocks, ff_tiles_);
+    if (k < gate_up_) return gate_up_task(static_cast<int>(blockIdx.x) + k * blocks);
     return split(k < early_end_ ? light_block_ + (k - gate_up_) * light_ : late_first_ + (k - early_end_) * blocks,
-                 down_tiles_);
+                 shape_.down_tiles, down_tiles_);
   }
 
- private:
-  static __device__ Task split(int at, int tiles) { return {at / tiles, at % tiles}; }
+  __device__ Task gate_up_task(int at) const { return split(at, shape_.ff_tiles, ff_tiles_); }
 
+ private:
+  static __device__ Task split(int at, const Divisor& by, int tiles) {
+    const int item = by.of(at);
+    return {item, at - item * tiles};
+  }
+
+  const StreamShape& shape_;
   int ff_tiles_, down_tiles_;
-  int gate_up_, early_end_, count_;
+  int gate_up_ = 0, early_end_ = 0, count_ = 0;
   int light_block_, light_, late_first_;
 };
 
@@ -73,6 +89,9 @@ class Segments {
     task_ += half_ == 0 ? 1 : 0;
     return true;
   }
+
+  // The first tile is under way.
+  __device__ inline void skip_first() { half_ = 1; }
 
  private:
   const ExpertTiles& w_;
@@ -127,7 +146,7 @@ struct Batch {
 template <typename F, int MaxRows>
 __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
     experts_stream_kernel(ExpertTiles w, QuantRows x, FewChoice choice, WaveMemory memory, ExpertWords words,
-                          float* out) {
+                          StreamShape shape, float* out) {
   DFLASH_DYNAMIC_SHARED(lds);
   constexpr int kSums = sum_rows(MaxRows), kBuffers = sum_buffers(MaxRows);
   static_assert(kSums >= kBatchRows && MaxRows <= kBatchRows, "what a batch takes");
@@ -135,21 +154,30 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
   __shared__ Grouping<MaxRows> g;
   __shared__ Batch batches[2];  // taken in turn
   __shared__ uint32_t launch;   // its number
+  __shared__ int first_expert;  // of the block's first tile
   const int wave = gpu::wave(), thread = static_cast<int>(threadIdx.x), rows = choice.rows;
+  const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
   RowChoice<MaxRows> chooser(choice);
+  Work work(shape, w.gate.tiles, w.down.tiles);
+  using Tasks = Segments<F, Grouping<MaxRows>>;
+  TaskStream<F, kStreamSlots<F>, Tasks> stream(memory.ring(lds, wave), Tasks(w, g, work, in, ff));
+  const Work::Task first_task = work.gate_up_task(static_cast<int>(blockIdx.x));
   gpu::wait_only();
   chooser.load();
-  const Span in = segment_span(wave, w.gate.groups), ff = segment_span(wave, w.down.groups);
   // Few before the weights, which would be in their way; many would hold the weights up.
   constexpr bool kEarly = MaxRows <= 4;
   ActRows acts;
   if (kEarly) acts = begin_acts(memory.act_rows(lds, wave), x, in, [](int r) { return r; }, rows, rows);
   const uint32_t launch0 = thread == 0 ? launch_number(words) : 0;
+  const bool begins_early = shape.begins_early && first_task.item < choice.top_k;
+  if (begins_early) {
+    Run<F> run;
+    run.set(TileView<F>(w.gate, chooser.first_row(first_task.item, &first_expert), first_task.tile), in);
+    stream.start_with(run);
+  }
   chooser.group(g);
-  const Work work(g.items, w.gate.tiles, w.down.tiles, w.gate.groups, w.down.groups);
-  using Tasks = Segments<F, Grouping<MaxRows>>;
-  TaskStream<F, kStreamSlots<F>, Tasks> stream(memory.ring(lds, wave), Tasks(w, g, work, in, ff));
-  stream.start();
+  work.set(g.items, w.gate.groups, w.down.groups);
+  if (!begins_early) stream.start();
   if (thread == 0) {
     launch = launch0;
     note_launch(words, launch0);
@@ -268,15 +296,17 @@ bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
       if constexpr (gpu::kStaged) {
         using F = decltype(format);
         constexpr int kRows = decltype(max_rows)::value;
-        WaveMemory shape;
-        const size_t shared = stream_memory<F>(shape, c.rows, gate.groups, down.groups);
+        WaveMemory wave;
+        const StreamShape shape = {begins_with_a_tile<F>(gate.groups, kStreamSlots<F>), Divisor(gate.tiles),
+                                   Divisor(down.tiles)};
+        const size_t shared = stream_memory<F>(wave, c.rows, gate.groups, down.groups);
         const auto kernel = experts_stream_kernel<F, kRows>;
         const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
         fits = fit > 0;
         if (!fits) return;
         const int resident = std::min(fit, gpu::blocks_per_unit(c.rows)) * gpu::compute_units();
         const dim3 grid(static_cast<unsigned>(std::min(most * gate.tiles, resident)));
-        gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, shape, words, out);
+        gpu::launch_shared(s, grid, kThreads, shared, kernel, w, x, c, wave, words, shape, out);
       }
     };
     if (c.rows <= 4) {

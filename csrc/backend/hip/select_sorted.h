@@ -87,16 +87,23 @@ class RowChoice {
   __device__ inline void load() {
     if (chooses_) load_experts(c_.logits + gpu::wave() * c_.n_expert, c_.n_expert, logit_);
   }
+  // The expert of row 0's slot `slot`, to every thread of the block, sooner than the rest; with a barrier. Items begin
+  // with row 0's slots, so it is item `slot`.
+  __device__ inline int first_row(int slot, int* shared) {
+    sort();
+    if (gpu::wave() == 0) {
+      had_ = slot + 1;
+      mine_ = select_sorted(list_, had_);
+      if (gpu::lane() == slot) *shared = mine_;
+    }
+    __syncthreads();
+    return *shared;
+  }
   // All but the weights; with barriers.
   __device__ inline void group(Grouping<MaxRows>& g) {
+    sort();
     if (chooses_) {
-      uint32_t key[kExpertsPerLane] = {};
-#pragma unroll
-      for (int i = 0; i < kExpertsPerLane; ++i) {
-        if (gpu::lane() + i * gpu::kWave < c_.n_expert) key[i] = choice_key(logit_[i], bias_[i]);
-      }
-      LaneExperts list(key);
-      mine_ = select_sorted(list, c_.top_k);
+      mine_ = select_sorted(list_, c_.top_k, had_, mine_);
       if (gpu::lane() < c_.top_k) g.chosen[gpu::wave() * c_.top_k + gpu::lane()] = static_cast<int16_t>(mine_);
     }
     __syncthreads();
@@ -109,8 +116,21 @@ class RowChoice {
   }
 
  private:
+  __device__ inline void sort() {
+    if (!chooses_ || sorted_) return;
+    uint32_t key[kExpertsPerLane] = {};
+#pragma unroll
+    for (int i = 0; i < kExpertsPerLane; ++i) {
+      if (gpu::lane() + i * gpu::kWave < c_.n_expert) key[i] = choice_key(logit_[i], bias_[i]);
+    }
+    list_ = LaneExperts(key);
+    sorted_ = true;
+  }
+
   const FewChoice& c_;
-  bool chooses_;
+  bool chooses_, sorted_ = false;
+  LaneExperts list_;
+  int had_ = 0;  // slots chosen
   float bias_[kExpertsPerLane] = {}, logit_[kExpertsPerLane] = {};
   int mine_ = 0;
 };

@@ -9,6 +9,24 @@ struct ExpertTiles {
   TiledWeight gate, up, down;
 };
 
+// Divides by a number that the host knows: by multiplying, where an integer division takes 25 instructions. Right for
+// n * divisor < 2^32.
+struct Divisor {
+  uint32_t factor;  // 0: divides by one
+  explicit Divisor(int d)
+      : factor(d == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(d) + 1)) {}
+  __device__ inline int of(int n) const {
+    return factor == 0 ? n : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
+  }
+};
+
+// Whether every segment of K has so many chunks that a ring of slots begins with chunks of one tile.
+template <typename F>
+inline bool begins_with_a_tile(int groups, int slots) {
+  const int last = groups - (kSegments - 1) * segment_groups(groups);
+  return last > (slots - 1) * kChunk<F>;
+}
+
 //   Tasks: bool next(Run<F>& run): what the wave copies next, in the order in which take() uses it
 template <typename F, int Slots, typename Tasks>
 class TaskStream {
@@ -24,6 +42,17 @@ class TaskStream {
       copy(lds_ + s * Layout::kBytes);
       gpu::copy_commit();
     }
+  }
+
+  // The same where what comes first is known sooner than the tasks (begins_with_a_tile).
+  __device__ inline void start_with(const Run<F>& first) {
+    run_ = first;
+#pragma unroll
+    for (int s = 0; s < Slots; ++s) {
+      run_.copy_chunk(lds_ + s * Layout::kBytes);
+      gpu::copy_commit();
+    }
+    tasks_.skip_first();
   }
 
   // The groups that take() hands out: a tile's.
