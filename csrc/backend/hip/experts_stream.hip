@@ -17,6 +17,7 @@ namespace {
 // What the host works out for all blocks.
 struct StreamShape {
   bool begins_early;  // a block's first tile is known with row 0's choice
+  int in_segments, ff_segments;
   Divisor ff_tiles, down_tiles;
 };
 
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       tile_segment<F, MaxRows, false>(stream, acts, row_of, count, mine + half * MaxRows);
     }
     __syncthreads();
-    const int segments = segment_count(w.gate.groups);
+    const int segments = shape.in_segments;
     for (int i = (wave + k) % kSegments; i < count; i += kSegments) {
       const float gate = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + i, gpu::lane());
       const float up = add_segments<kSums>(sums, segments, buffer * 2 * MaxRows + MaxRows + i, gpu::lane());
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, gpu::few_blocks(MaxRows))
       tile_segment<F, MaxRows, false>(stream, acts, row_of, batch.first_row[t + 1] - first, sums[wave] + first);
     }
     __syncthreads();
-    const int segments = segment_count(w.down.groups);
+    const int segments = shape.ff_segments;
     for (int row = wave; row < batch_count; row += kSegments) {
       const int64_t column = static_cast<int64_t>(batch.task[batch.tile_of(row)].tile) * kTile + gpu::lane();
       const float v = add_segments<kSums>(sums, segments, row, gpu::lane());
@@ -297,8 +298,8 @@ bool launch_experts_stream(gpu::Stream s, DType type, const TiledWeight& gate, c
         using F = decltype(format);
         constexpr int kRows = decltype(max_rows)::value;
         WaveMemory wave;
-        const StreamShape shape = {begins_with_a_tile<F>(gate.groups, kStreamSlots<F>), Divisor(gate.tiles),
-                                   Divisor(down.tiles)};
+        const StreamShape shape = {begins_with_a_tile<F>(gate.groups, kStreamSlots<F>), segment_count(gate.groups),
+                                   segment_count(down.groups), Divisor(gate.tiles), Divisor(down.tiles)};
         const size_t shared = stream_memory<F>(wave, c.rows, gate.groups, down.groups);
         const auto kernel = experts_stream_kernel<F, kRows>;
         const int fit = gpu::blocks_that_fit(kernel, kThreads, shared);
