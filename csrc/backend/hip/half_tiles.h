@@ -154,7 +154,8 @@ __device__ inline void store_half(const HalfSums& acc, int half, int rows, float
 __host__ __device__ inline int staged_bytes(int rows, int groups) {
   return (rows * (act_bytes(groups) + 8) + 15) / 16 * 16;
 }
-__device__ inline ActRows stage_rows(uint8_t* lds, const QuantRows& x, int rows) {
+// by_groups: divides by the groups of a row.
+__device__ inline ActRows stage_rows(uint8_t* lds, const QuantRows& x, int rows, const Divisor& by_groups) {
   constexpr int kScales = 2, kPieces = 2 * kScales;  // a thread reads at a time; a group is two pieces and a scale
   const int groups = static_cast<int>(x.n / 32), s_stride = groups + 1, all = rows * groups;
   GroupScale* const scales = reinterpret_cast<GroupScale*>(lds + rows * act_stride(groups));
@@ -175,12 +176,12 @@ __device__ inline ActRows stage_rows(uint8_t* lds, const QuantRows& x, int rows)
     }
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
-      const int i = group(j), row = i / groups;
+      const int i = group(j), row = by_groups.of(i);
       if (i < all) scales[row * s_stride + i - row * groups] = s[j];
     }
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      const int i = piece(j), row = i / (2 * groups);
+      const int i = piece(j), row = by_groups.of(i / 2);
       if (i < 2 * all) reinterpret_cast<int4*>(lds + row * act_stride(groups))[i - row * 2 * groups] = v[j];
     }
   }

@@ -51,6 +51,17 @@ __host__ __device__ inline int segment_count(int groups) {  // counted: a divisi
   return count;
 }
 
+// Divides by a number that the host knows: by multiplying, where an integer division takes 25 instructions. Right for
+// n * divisor < 2^32.
+struct Divisor {
+  uint32_t factor;  // 0: divides by one
+  explicit Divisor(int d)
+      : factor(d == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(d) + 1)) {}
+  __device__ inline int of(int n) const {
+    return factor == 0 ? n : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
+  }
+};
+
 // The sum over segments starts here: -0 + x is x for every x, signed zeros included.
 inline constexpr float kEmptySum = -0.0f;
 

@@ -28,7 +28,8 @@ struct TileCursor {
 };
 
 template <typename F>
-__global__ void __launch_bounds__(kHalfThreads, 1) matmul_half_kernel(OutList list, QuantRows x, int rows, bool add) {
+__global__ void __launch_bounds__(kHalfThreads, 1)
+    matmul_half_kernel(OutList list, QuantRows x, int rows, Divisor by_groups, bool add) {
   DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<kHalfRows> sums[2];  // taken in turn
   const int wave = gpu::wave(), segment = wave % kSegments, half = wave / kSegments;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kHalfThreads, 1) matmul_half_kernel(OutList li
   HalfStream<F, TileCursor<F>> stream(lds + wave * HalfSlot<F>::kRing, TileCursor<F>{list, first, step});
   stream.start();
   gpu::wait_for_previous();
-  ActRows acts = stage_rows(lds + kHalfWaves * HalfSlot<F>::kRing, x, rows);
+  ActRows acts = stage_rows(lds + kHalfWaves * HalfSlot<F>::kRing, x, rows, by_groups);
   acts.q += span.g0 * 32;
   acts.scale += span.g0;
   __syncthreads();
@@ -82,7 +83,8 @@ struct GateUpCursor {
 // The 32 outputs of a tile are one int8 group of the next product's input.
 template <typename F>
 __global__ void __launch_bounds__(kHalfThreads, 1)
-    gate_up_half_kernel(TiledWeight gate, TiledWeight up, QuantRows x, int rows, MutableQuantRows act) {
+    gate_up_half_kernel(TiledWeight gate, TiledWeight up, QuantRows x, int rows, Divisor by_groups,
+                        MutableQuantRows act) {
   DFLASH_DYNAMIC_SHARED(lds);
   __shared__ Partial<kHalfRows> sums[2][2];  // taken in turn; gate and up
   const int wave = gpu::wave(), segment = wave % kSegments, half = wave / kSegments;
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kHalfThreads, 1)
   HalfStream<F, GateUpCursor<F>> stream(lds + wave * HalfSlot<F>::kRing, GateUpCursor<F>{gate, up, first, step});
   stream.start();
   gpu::wait_for_previous();
-  ActRows acts = stage_rows(lds + kHalfWaves * HalfSlot<F>::kRing, x, rows);
+  ActRows acts = stage_rows(lds + kHalfWaves * HalfSlot<F>::kRing, x, rows, by_groups);
   acts.q += span.g0 * 32;
   acts.scale += span.g0;
   __syncthreads();
@@ -142,18 +144,18 @@ dim3 grid_of(int tiles) { return dim3(static_cast<unsigned>(std::min(tiles, gpu:
 
 bool launch_matmul_half(gpu::Stream s, DType type, const OutList& list, const QuantRows& x, int rows, bool add) {
   if (list.tiles > 2 * gpu::compute_units()) return false;  // long enough to hide latency with fewer waves
-  return where_it_fits(type, rows, list.out[0].w.groups, 2 * sizeof(Partial<kHalfRows>),
-                       [&](auto format, size_t shared) {
-                         gpu::launch_shared(s, grid_of(list.tiles), kHalfThreads, shared,
-                                            matmul_half_kernel<decltype(format)>, list, x, rows, add);
-                       });
+  return where_it_fits(
+      type, rows, list.out[0].w.groups, 2 * sizeof(Partial<kHalfRows>), [&](auto format, size_t shared) {
+        gpu::launch_shared(s, grid_of(list.tiles), kHalfThreads, shared, matmul_half_kernel<decltype(format)>, list, x,
+                           rows, Divisor(list.out[0].w.groups), add);
+      });
 }
 
 bool launch_gate_up_half(gpu::Stream s, DType type, const TiledWeight& gate, const TiledWeight& up, const QuantRows& x,
                          int rows, MutableQuantRows act) {
   return where_it_fits(type, rows, gate.groups, 4 * sizeof(Partial<kHalfRows>), [&](auto format, size_t shared) {
     gpu::launch_shared(s, grid_of(gate.tiles), kHalfThreads, shared, gate_up_half_kernel<decltype(format)>, gate, up, x,
-                       rows, act);
+                       rows, Divisor(gate.groups), act);
   });
 }
 

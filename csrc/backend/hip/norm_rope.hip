@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(gpu::kWave)
     const int i = j * gpu::kWave + gpu::lane();
     if (part == kPartV || i >= p.head_dim) break;
     weight[j] = (part == kPartQ ? p.q_norm : p.k_norm)[i];
-    if (i < p.n_rot) turn[j] = rotation(static_cast<float>(position) * p.inv_freq[i % half], p.rope_scale);
+    if (i < p.n_rot)
+      turn[j] = rotation(static_cast<float>(position) * p.inv_freq[i < half ? i : i - half], p.rope_scale);
   }
   gpu::wait_for_previous();
   if (part == kPartQ && q == nullptr) return;

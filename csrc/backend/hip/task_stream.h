@@ -9,17 +9,6 @@ struct ExpertTiles {
   TiledWeight gate, up, down;
 };
 
-// Divides by a number that the host knows: by multiplying, where an integer division takes 25 instructions. Right for
-// n * divisor < 2^32.
-struct Divisor {
-  uint32_t factor;  // 0: divides by one
-  explicit Divisor(int d)
-      : factor(d == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(d) + 1)) {}
-  __device__ inline int of(int n) const {
-    return factor == 0 ? n : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32);
-  }
-};
-
 // Whether every segment of K has so many chunks that a ring of slots begins with chunks of one tile.
 template <typename F>
 inline bool begins_with_a_tile(int groups, int slots) {
