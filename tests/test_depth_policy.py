@@ -272,6 +272,23 @@ def test_an_outlier_at_the_first_look_does_not_park_for_good() -> None:
         assert settled(run)[1] < REGRET
 
 
+def test_a_first_draft_that_was_late_is_corrected_by_the_second() -> None:
+    # Delays only make slower: a draft much faster than the only one before it tells that the first was late.
+    policy = _core.DepthPolicy(list(moe(0.75)), 0.2)
+    looks = 0
+    for _ in range(600):
+        source, n = policy.plan(SLOTS)
+        looks += source == "dflash"
+        policy.observe(
+            source, verified=0, accepted=0, confidence=[0.3] * n, draft_seconds=(1.2 if looks == 1 else 0.2) * (n > 0),
+            verify_seconds=1.0,
+        )  # fmt: skip
+        if looks == 2:
+            break
+    assert looks == 2
+    assert policy.draft_cost(2) < 0.3
+
+
 def test_a_drafter_that_cannot_pay_is_looked_at_without_a_wider_pass() -> None:
     verified = []
     for seed in range(3):

@@ -8,7 +8,8 @@ namespace dflash {
 namespace {
 
 constexpr double kSlope = 0.8, kSlopeVariance = 0.16;
-constexpr double kCommonVariance = 0.5, kOwnVariance = 0.25;  // of intercepts: all alike, each its own
+constexpr double kCommonVariance = 0.25, kOwnVariance = 0.1;  // of intercepts at first: all alike, each its own ...
+constexpr double kMostVariance = 0.75;                        // ... and at most, since texts change
 constexpr double kDrift = 1e-4;                               // variance an intercept gains in a round
 constexpr double kSlopeDrift = 5e-6;
 constexpr double kShiftFactor = 2.718281828459045;  // CUSUM tests for odds this much lower or higher ...
@@ -61,7 +62,7 @@ std::vector<double> Calibration::averages(int slots) const {
 void Calibration::drift() {
   covariance(0, 0) = std::min(covariance(0, 0) + kSlopeDrift, kSlopeVariance);
   for (size_t i = 1; i < mean_.size(); ++i) {
-    if (covariance(i, i) < kCommonVariance + kOwnVariance) covariance(i, i) += kDrift;
+    if (covariance(i, i) < kMostVariance) covariance(i, i) += kDrift;
   }
 }
 
@@ -87,12 +88,12 @@ void Calibration::test(double predicted, bool stood) {
   if (fallen_ > kFallenEvidence || risen_ > kRisenEvidence) doubt();
 }
 
-// What is believed of all slots in common is uncertain again, though no more than at the start, so that the next
-// outcomes correct it within a few rounds.
+// What is believed of all slots in common is uncertain again, up to kMostVariance, so that the next outcomes correct it
+// within a few rounds.
 void Calibration::doubt() {
   surprise_ = true;
   fallen_ = risen_ = 0.0;
-  const double more = std::clamp(kCommonVariance + kOwnVariance - covariance(1, 1), 0.0, kSurpriseVariance);
+  const double more = std::clamp(kMostVariance - covariance(1, 1), 0.0, kSurpriseVariance);
   for (size_t i = 1; i < mean_.size(); ++i) {
     for (size_t j = 1; j < mean_.size(); ++j) covariance(i, j) += more;
   }

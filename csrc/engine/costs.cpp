@@ -27,6 +27,7 @@ constexpr double kOwnShare = 0.1;            // ... and this share more of its o
 constexpr double kMostVariance = 4.0;        // of a cost, against the prior's
 constexpr double kGross = 2.5;               // standard deviations beyond which a timing is not believed at once ...
 constexpr double kAgree = 3.0;               // ... but with a second one that is so many spreads from it at most
+constexpr size_t kFew = 2;                   // timings of what is no pass, the first of which may have been a delay
 constexpr double kJump = 1.0;                // standard deviation of the pace after a jump
 constexpr double kTwist = 0.5;               // what a jump leaves uncertain of costs, against its size ...
 constexpr double kMostTwist = 0.08;          // ... and at most
@@ -116,12 +117,14 @@ double Costs::predict(size_t index) {
 
 // One timing that is far off is a delay. Two passes in a row that are off alike, of whatever widths, are another pace
 // of the machine; and perhaps, where drafted passes are concerned, other costs: the next plain round tells, and the
-// drafted one after it. Two timings of an index that are too fast alike, with others between, are its cost.
+// drafted one after it. Two timings of an index that are too fast alike, with others between, are its cost; of a draft
+// hardly timed one is enough, since delays only make slower: the first was one.
 bool Costs::believe(size_t index, double surprise, double limit) {
   const bool is_pass = index < widths_;
   const auto agrees = [&](double before) { return before * surprise > 0.0 && std::abs(before - surprise) < limit; };
   const bool jump = is_pass && agrees(pass_gross_);
-  const bool alone = !jump && index > 0 && surprise < 0.0 && agrees(gross_[index]);
+  const bool first_was_late = !is_pass && count_[index] < kFew;
+  const bool alone = !jump && index > 0 && surprise < 0.0 && (first_was_late || agrees(gross_[index]));
   if (jump) {
     const size_t drafted = std::max(index, last_pass_);
     covariance(0, 0) += kJump * kJump;
