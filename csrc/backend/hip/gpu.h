@@ -362,7 +362,11 @@ __device__ inline T shuffle_xor(T v) {
   static_assert(Mask == 16 || (Mask > 0 && Mask < 16), "a distance within 16 lanes, or 16");
   return by_words(v, [](int w) {
     if constexpr (Mask == 16) {
-      return __builtin_amdgcn_permlanex16(w, w, 0x76543210, 0xfedcba98, false, true);
+      int other = __builtin_amdgcn_permlanex16(w, w, 0x76543210, 0xfedcba98, false, true);
+#if defined(__HIP_DEVICE_COMPILE__)
+      asm volatile("" : "+v"(other));  // LLVM 19 moves it into a branch that only some of the lanes take
+#endif
+      return other;
     } else {
       return __builtin_amdgcn_update_dpp(0, w, 0x160 | Mask, 0xf, 0xf, true);  // row_xmask
     }
